@@ -113,13 +113,14 @@ def _gram(z):
 
 
 def _distances(z, kind):
-    """D of all pairs of rows, (G, n, n)."""
+    """D of all pairs of rows, (G, n, n). That of a row to itself is a constant, and has no gradient to round."""
+    itself = torch.eye(z.shape[-2], dtype=torch.bool, device=z.device)
     if kind == "cosine":
-        return -_gram(torch.nn.functional.normalize(z, dim=-1))
+        return -_gram(torch.nn.functional.normalize(z, dim=-1)).masked_fill(itself, 1)
     z = z - z.mean(-2, keepdim=True).detach()  # changes no distance, but |a|^2 + |b|^2 - 2ab cancels far from 0
     gram = _gram(z)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    return (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram) / z.shape[-1]
+    return ((square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram) / z.shape[-1]).masked_fill(itself, 0)
 
 
 def _log_mean_exp(x):

@@ -1,0 +1,523 @@
+"""Train a diffusion transformer with Dispersive Loss.
+
+    python train.py                                      a demo that draws its own data: 4 minutes on 2 CPU cores
+    python train.py --images photos --data data/photos --vae none --size 32             cache a folder, then train
+    torchrun --nproc_per_node=8 train.py --data data/photos --model SiT-B/2
+
+A run is a function of (config, data, seed, step): every draw comes from a stream seeded by (seed, step, purpose) for
+the whole global batch, of which each rank takes its slice. So resuming needs no generator states, and the number of
+ranks and of accumulation steps changes nothing but the order of floating-point sums.
+"""
+import argparse
+import colorsys
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+
+from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
+from sample import (Parser, Progress, Rows, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
+                    generate, list_images, load_file, load_weights, number, open_data, read_image, save_grid, start)
+
+DEMO = dict(model="SiT-XS/4", steps=1000, batch=64, lr=1e-3, ema=0.99, log_every=50, ckpt_every=250, sample_every=250)
+LABEL_DROPOUT = 0.1
+# what may differ when a run is resumed; the data is compared by content
+MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb", "resume",
+              "out", "data", "images", "cache_only", "skip_bad", "size", "vae"}
+
+
+def parse(argv):
+    p = Parser(prog="train.py", description=__doc__)
+    data = p.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="directory of cached latents or pixels")
+    data.add_argument("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
+    data.add_argument("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
+    data.add_argument("--vae", default="none", help="none: keep the pixels")
+    data.add_argument("--skip-bad", action="store_true", help="leave out unreadable images instead of stopping")
+    data.add_argument("--cache-only", action="store_true", help="stop after caching")
+    run = p.add_argument_group("training")
+    run.add_argument("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
+    run.add_argument("--objective", choices=["flow"], help="default: by the model's prefix")
+    run.add_argument("--epochs", type=number(float, 0), default=80, help="(80)")
+    run.add_argument("--steps", type=number(int, 1), help="instead of epochs")
+    run.add_argument("--batch", type=number(int, 1), default=256, help="global batch (256)")
+    run.add_argument("--micro", type=number(int, 1), help="samples a forward pass on each rank; default: its share")
+    run.add_argument("--lr", type=number(float, 0), default=1e-4, help="(1e-4)")
+    run.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay, warmed up (0.9999)")
+    run.add_argument("--grad-clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0: any (0)")
+    run.add_argument("--seed", type=number(int, 0), default=0)
+    run.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    disp = p.add_argument_group("dispersive loss")
+    disp.add_argument("--disp", choices=[*KINDS, "none"], default="infonce")
+    disp.add_argument("--disp-weight", type=number(float, 0), default=0.5, help="lambda (0.5)")
+    disp.add_argument("--disp-tau", type=number(float, 1e-3), default=0.5, help="temperature (0.5)")
+    disp.add_argument("--disp-margin", type=number(float, 0), default=1.0, help="of the hinge (1.0)")
+    disp.add_argument("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
+    disp.add_argument("--disp-group", type=number(int, 2), default=16, help="samples compared with each other (16)")
+    out = p.add_argument_group("output")
+    out.add_argument("--out", default="out", help="directory of ckpt.pt, log.jsonl and samples/ (out)")
+    out.add_argument("--log-every", type=number(int, 1), default=100, help="(100)")
+    out.add_argument("--ckpt-every", type=number(int, 1), default=5000, help="(5000)")
+    out.add_argument("--sample-every", type=number(int, 1), default=10000, help="(10000)")
+    out.add_argument("--resume", default="auto", help="auto: continue --out; none: start afresh; or a file (auto)")
+    out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    args = p.parse_args(argv)
+    if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
+        p.set_defaults(**DEMO)
+        args = p.parse_args(argv)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: a demo that is drawn, a folder of images that is cached, and the arrays that training reads
+
+
+def demo_shapes():
+    """Ten outlines on [-1, 1]^2, each its own mirror image, so that horizontal flips keep the class."""
+    def star(points, inner):
+        angles = math.pi * np.arange(2 * points) / points
+        return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.where(np.arange(2 * points) % 2, inner, 1)[:, None]
+    round_ = star(32, 1)
+    a = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    heart = np.stack([16 * np.sin(a) ** 3,
+                      -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], 1) / 17
+    plus = np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1),
+                     (-1, -1)]) / 3
+    return {"disc": round_, "ring": round_, "square": np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]),
+            "triangle": np.array([(0, -1), (1, .8), (-1, .8)]),
+            "diamond": np.array([(0, -1.1), (.75, 0), (0, 1.1), (-.75, 0)]),
+            "plus": plus, "cross": plus @ [[.71, .71], [-.71, .71]], "star": 1.1 * star(5, .4), "heart": heart,
+            "arrow": np.array([(0, -1), (.95, 0), (.4, 0), (.4, 1), (-.4, 1), (-.4, 0), (-.95, 0)])}
+
+
+def demo_data(n=4000, size=16, oversample=8):
+    """The demo's images (n, 3, size, size) uint8 and labels (n,): shapes of any colour, in varied sizes and places."""
+    rng, shapes, background = np.random.default_rng(0), demo_shapes(), (16, 18, 32)
+    images, labels = np.empty((n, 3, size, size), np.uint8), np.arange(n) % len(shapes)
+    for image, label in zip(images, labels):
+        name = list(shapes)[label]
+        radius = size * rng.uniform(0.30, 0.42)
+        centre = rng.uniform(1.05 * radius, size - 1.05 * radius, 2)
+        color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0))
+        canvas = Image.new("RGB", (size * oversample, size * oversample), background)
+        draw = ImageDraw.Draw(canvas)
+
+        def fill(scale, color):
+            draw.polygon([tuple(point) for point in oversample * (centre + scale * radius * shapes[name])], fill=color)
+        fill(1.0, color)
+        if name == "ring":
+            fill(0.5, background)
+        image[:] = np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
+    return images, labels, list(shapes)
+
+
+def center_crop(image, size):
+    """ADM's crop: halve by box filter while the short side is at least 2*size, bicubic to size, then the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class CropFiles(torch.utils.data.Dataset):
+    """Image files as (row, uint8 (3, size, size), what is wrong with it)."""
+
+    def __init__(self, files, rows, size):
+        self.files, self.rows, self.size = files, rows, size
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = int(self.rows[i])
+        try:
+            image = center_crop(read_image(self.files[row]), self.size)
+        except UserError as error:
+            return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
+        return row, torch.from_numpy(np.array(image).transpose(2, 0, 1)), ""
+
+
+def cache_images(args, rank, world, device):
+    """Turn --images into the arrays of --data: latents.npy, labels.npy (-1: left out) and meta.json."""
+    folder, target = Path(args.images), Path(args.data)
+    files = list_images(folder)
+    names = sorted({file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1})
+    files = [file for file in files if file.parent != folder]
+    if not files:
+        raise UserError(f"--images {folder}: expected class folders that hold images, found none")
+    made_of = dict(size=args.size, vae=args.vae, images=len(files),
+                   names=zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode()))
+    meta = dict(classes=names, **made_of)
+    if (target / "latents.npy").exists():
+        before = json.loads((target / "meta.json").read_text())
+        differ = [key for key in made_of if made_of[key] != before.get(key)]
+        if differ:
+            raise UserError(f"--data {target} holds a cache with {differ[0]} {before.get(differ[0])}, not "
+                            f"{made_of[differ[0]]}: name another directory")
+        return
+    rows = Rows(target / "latents.npy", (len(files), 3, args.size, args.size), np.uint8, made_of, rank, world)
+    workers = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    loader = torch.utils.data.DataLoader(CropFiles(files, rows.todo, args.size), batch_size=64, num_workers=workers)
+    progress = Progress("caching", len(rows.todo), quiet=rank > 0)
+    bad = []
+    for index, pixels, errors in loader:
+        good = np.array([not error for error in errors])
+        rows.write(index.numpy()[good], pixels.numpy()[good])
+        bad += [(row, error) for row, error in zip(index.tolist(), errors) if error]
+        progress.update(len(index))
+    bad = sorted(sum(gathered(bad, world), []))
+    if bad and not args.skip_bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        for _, error in bad if rank == 0 else []:
+            print(error, file=sys.stderr)
+        raise UserError(f"{bad[0][1]}{more}: mend or remove them, or pass --skip-bad; what is cached already is kept")
+    if rank == 0:
+        labels = np.array([names.index(file.relative_to(folder).parts[0]) for file in files])
+        labels[[row for row, _ in bad]] = -1
+        for _, error in bad:
+            print("left out:", error, file=sys.stderr)
+        with atomic(target / "labels.npy") as file:
+            np.save(file, labels)
+        with atomic(target / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
+        rows.finish()  # last: latents.npy is there only when everything is
+    barrier()
+
+
+def gathered(value, world):
+    """The value of every rank, in a list."""
+    values = [value] * world
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+class Data:
+    """uint8 pixels (N, C, H, W), or float16 posterior mean and std of image and mirror (N, 2, 2C, H, W), by entry."""
+
+    def __init__(self, name, latents, labels, classes, vae):
+        self.name, self.latents, self.labels, self.classes, self.vae = name, latents, labels, classes, vae
+        self.rows = np.flatnonzero(labels >= 0)
+        self.pixels = latents.dtype == np.uint8
+        self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
+
+    @classmethod
+    def open(cls, folder):
+        folder = Path(folder)
+        if not (folder / "latents.npy").exists():
+            raise UserError(f"--data {folder}: no latents.npy there; make it with --images FOLDER --data {folder}")
+        latents, labels = open_data(folder / "latents.npy"), np.array(open_data(folder / "labels.npy"))
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            classes, vae = list(meta["classes"]), meta["vae"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'meta.json'}: not a readable description of the data ({error!r})") from None
+        shape = latents.shape
+        pixels = latents.dtype == np.uint8 and len(shape) == 4
+        moments = latents.dtype == np.float16 and len(shape) == 5 and shape[1] == 2 and shape[2] % 2 == 0
+        if not (pixels or moments) or shape[-1] != shape[-2]:
+            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where uint8 (N, C, H, H) or "
+                            f"float16 (N, 2, 2C, H, H) is expected")
+        if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1]:
+            raise UserError(f"{folder / 'labels.npy'}: is {labels.dtype} {labels.shape}, where {latents.shape[:1]} "
+                            f"integers are expected")
+        if not len(labels) or labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
+            raise UserError(f"{folder / 'labels.npy'}: expected labels from 0 to {len(classes) - 1} (-1: left out)")
+        return cls(str(folder), latents, labels.astype(np.int64), classes, vae)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, entries, flips):
+        """Arrays of the entries, mirrored where flips says, and their labels, as tensors."""
+        rows = self.rows[entries]
+        if self.pixels:
+            images = np.ascontiguousarray(self.latents[rows])
+            images[flips] = images[flips, ..., ::-1]
+        else:
+            images = self.latents[rows, flips.astype(int)]
+        return torch.from_numpy(images), torch.from_numpy(self.labels[rows])
+
+    def prepare(self, images, noise):
+        """On the device: pixels to [-1, 1], or a draw from the posterior with this noise."""
+        if self.pixels:
+            return images.float() / 127.5 - 1
+        mean, std = images.float().chunk(2, 1)
+        return mean + std * noise
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_entries(seed, step, batch, n):
+    """Entries of a global batch: position p = step*batch + k reads entry p mod n of epoch p div n's permutation."""
+    p = step * batch + np.arange(batch)
+    return np.concatenate([permutation(seed, int(e), n)[p[p // n == e] % n] for e in np.unique(p // n)])
+
+
+def batches(data, first, last, batch, mine, seed, device):
+    """Yield (step, images, labels), this rank's slice `mine` of every global batch; a thread reads one step ahead."""
+    def read(step):
+        flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
+        tensors = data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine])
+        return [tensor.pin_memory() for tensor in tensors] if device.type == "cuda" else tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(read, first)
+        for step in range(first, last):
+            tensors, future = future.result(), pool.submit(read, step + 1)
+            yield step, *(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def stream(seed, step, purpose, device):
+    """The generator of one purpose at one step. Seeds have 32 bits, since a CPU generator ignores the upper ones."""
+    state = np.random.SeedSequence([seed, step, zlib.crc32(purpose.encode())]).generate_state(1)
+    return torch.Generator(device).manual_seed(int(state[0]))
+
+
+def check_batch(batch, world, micro, group):
+    """The samples a forward pass on each rank; UserError, with the nearest values that fit, if sizes do not divide."""
+    wanted = micro or max(1, batch // world)
+    if batch % (world * wanted) == 0 and wanted % group == 0:
+        return wanted
+    fit = max(1, round(wanted / group)) * group
+    raise UserError(f"--batch {batch}, --micro {wanted} and --disp-group {group} do not fit {world} rank(s): --batch "
+                    f"must be a multiple of ranks x --micro, and --micro of --disp-group; the nearest that fit are "
+                    f"--batch {max(1, round(batch / (world * fit))) * world * fit} --micro {fit} --disp-group {group}")
+
+
+def parse_blocks(text, depth):
+    """--disp-blocks -> ascending block numbers, from 1. The paper's default is a quarter of the way in."""
+    if text is None:
+        return [max(1, depth // 4)]
+    if text == "all":
+        return list(range(1, depth + 1))
+    numbers = sorted({int(part) if part.strip().isdigit() else 0 for part in text.split(",")})
+    if numbers[0] < 1 or numbers[-1] > depth:
+        raise UserError(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
+    return numbers
+
+
+def load_checkpoint(path, config):
+    """A checkpoint of this file whose config does not contradict the present one."""
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "step", "config"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
+    for name, value in config.items():
+        before = checkpoint["config"].get(name)
+        if before != value:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but {path} was trained with {before}: "
+                            f"use that, another --out, or --resume none")
+    return checkpoint
+
+
+def train(args, data, rank, world, device):
+    torch.manual_seed(args.seed)
+    if data.shape[-1] % MODELS[args.model]["patch_size"]:
+        raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
+    model_config = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
+    net = build_model(args.model, **model_config).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    objective = FlowMatching()
+    blocks = parse_blocks(args.disp_blocks, len(net.blocks)) if args.disp != "none" else []
+    group = args.disp_group if blocks else 1
+    micro = check_batch(args.batch, world, args.micro, group)
+    share = args.batch // world
+    mine = slice(rank * share, (rank + 1) * share)
+    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
+    dtype = args.dtype or default_dtype(device)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
+    floor = dispersive_floor(args.disp, group, args.disp_tau, args.disp_margin) if blocks else 0.0
+
+    config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective="flow", classes=data.classes, vae=data.vae,
+                   data=f"{len(data)} entries {data.shape} {zlib.crc32(data.labels.tobytes()):08x}")
+    out = Path(args.out)
+    latest = out / "ckpt.pt"
+    source = {"none": None, "auto": latest if latest.exists() else None}.get(args.resume, args.resume)
+    checkpoint = load_checkpoint(source, config) if source else None
+    first = checkpoint["step"] if checkpoint else 0
+    barrier()
+    if rank == 0:
+        prepare_out(out, first, continues=source == latest)
+
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=fused)
+    if checkpoint:
+        load_weights(net, checkpoint["model"], source)
+        load_weights(ema, checkpoint["ema"], source)
+        optimizer.load_state_dict(checkpoint["opt"])
+    if compiled:
+        net.compile()
+    model = net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+    weights = [p.detach() for p in net.parameters()]
+    ema_weights = list(ema.parameters())
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    run = None
+    if args.wandb and rank == 0:
+        import wandb
+        run = wandb.init(project="dispersive", dir=str(out), config=config)
+
+    def record(**values):
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+            if run:
+                run.log(values, step=values["step"])
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    say(f"model   {args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, flow matching")
+    say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes")
+    say(f"device  {world} x {name}, {dtype}{', compiled' if compiled else ''}")
+    say(f"batch   {args.batch} = {world} rank(s) x {share // micro} pass(es) x {micro}; {steps:,} steps, "
+        f"{steps * args.batch / len(data):.1f} epochs" + (f", continued from step {first:,}" if first else ""))
+    say(f"loss    + {args.disp_weight} x {args.disp}, block {','.join(map(str, blocks))}, groups of {group}, "
+        f"floor {floor:.3f}" if blocks else "loss    without dispersion")
+
+    def save(step):
+        if rank == 0:
+            with atomic(latest) as file:
+                torch.save(dict(model=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step,
+                                config=config), file)
+
+    def picture(step):
+        """A grid of EMA samples, one class a row, and the spread of 64 samples' activations after every block."""
+        if rank != 0:
+            return
+        grid = out / "samples" / f"{step:07d}.png"
+        kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
+        labels = torch.from_numpy(kinds.repeat(8))
+        images = generate(ema, objective, data.shape, labels, range(len(labels)), args.seed, device, dtype, steps=50)
+        save_grid(images.numpy(), grid, columns=8)
+
+        count = min(64, len(data))
+        images, labels = (tensor.to(device) for tensor in data.read(np.arange(count), np.zeros(count, bool)))
+        generator = stream(args.seed, 0, "probe", device)
+        t = objective.times(count, generator)
+        noise = torch.randn(count, *data.shape, generator=generator, device=device)
+        with torch.no_grad(), autocast():
+            _, activations = objective.loss(net.forward, data.prepare(images, 0.0), labels, t, noise,
+                                            blocks=range(1, len(net.blocks) + 1))
+        spread = [round(mean_distance(z).item(), 6) for z in activations]
+        record(step=step, block_distance=spread)
+        say(f"step {step:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
+
+    sums, logged, begin, shown = torch.zeros(2, device=device), first, time.time(), time.time()
+    for step, images, labels in batches(data, first, steps, args.batch, mine, args.seed, device):
+        def draw(kind, purpose, *shape):
+            """This rank's slice of what is drawn for the whole global batch."""
+            generator = stream(args.seed, step, purpose, device)
+            return kind(args.batch, *shape, generator=generator, device=device)[mine]
+
+        x = data.prepare(images, None if data.pixels else draw(torch.randn, "posterior", *data.shape))
+        y = torch.where(draw(torch.rand, "label") < LABEL_DROPOUT, net.num_classes, labels)
+        t = objective.times(args.batch, stream(args.seed, step, "time", device))[mine]
+        noise = draw(torch.randn, "noise", *data.shape)
+        done, is_log = step + 1, (step + 1) % args.log_every == 0 or step + 1 == steps
+        distance = torch.zeros((), device=device)
+        for part in torch.arange(share).split(micro):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            last = part.stop == share
+            with contextlib.nullcontext() if last or model is net else model.no_sync():
+                with autocast():
+                    loss, activations = objective.loss(model, x[part], y[part], t[part], noise[part], blocks=blocks)
+                loss, disp = loss.mean(), loss.new_zeros(())
+                for z in activations:
+                    disp = disp + dispersive_loss(z, args.disp, args.disp_tau, args.disp_margin, group) / len(blocks)
+                ((loss + args.disp_weight * disp) * (micro / share)).backward()
+            sums += torch.stack([loss.detach(), disp.detach()]) * (micro / share)
+            if is_log:
+                for z in activations:
+                    distance += mean_distance(z, group) / len(blocks) * (micro / share)
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema, (1 + step) / (10 + step))  # warmed up, so that a short run's EMA forgets its start
+        torch._foreach_lerp_(ema_weights, weights, 1 - decay)
+
+        if is_log:
+            values = torch.cat([sums / (done - logged), distance[None]])
+            if world > 1:
+                dist.all_reduce(values)
+                values /= world
+            loss, disp, distance = values.tolist()
+            now = time.time()
+            rate, left = (done - logged) * args.batch / (now - shown), (steps - done) * (now - begin) / (done - first)
+            sums.zero_()
+            logged, shown = done, now
+            extra = dict(disp=disp, floor=floor, distance=distance) if blocks else {}
+            record(step=done, loss=loss, **extra, images_per_second=rate, seconds=now - begin)
+            say(f"step {done:,}/{steps:,}  loss {loss:.4f}"
+                + (f"  disp {disp:.3f} (floor {floor:.3f}, distance {distance:.3g})" if blocks else "")
+                + f"  {rate:,.1f} images/s  {clock(left)} left")
+        if done % args.ckpt_every == 0 or done == steps:
+            save(done)
+        if done % args.sample_every == 0 or done == steps:
+            picture(done)
+    if first >= steps:
+        say(f"{source} is at step {first:,} already: nothing to train; more with --steps")
+
+
+def prepare_out(out, first, continues):
+    """Make --out; set another run's files aside, and cut a continued run's log where it continues."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl"
+    if not continues:
+        for path in (out / "ckpt.pt", log):
+            if path.exists():
+                os.replace(path, path.with_stem(path.stem + ".old"))
+    elif log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
+        with atomic(log) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
+
+
+@command
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.images and not args.data:
+        raise UserError("--images needs --data DIR, where the cached arrays go")
+    if args.model not in MODELS:
+        raise UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    rank, world, device = start()
+    if args.images:
+        cache_images(args, rank, world, device)
+        if args.cache_only:
+            return
+    data = Data.open(args.data) if args.data else Data("drawn demo", *demo_data(), vae="none")
+    train(args, data, rank, world, device)
+    if not args.data and rank == 0:
+        print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --out {args.out}/generated")
+
+
+if __name__ == "__main__":
+    main()
