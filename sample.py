@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
 from dispersive import MODELS, FlowMatching, build_model
@@ -152,9 +154,9 @@ def atomic(path):
         raise
 
 
-def fetch(url, flag, sha256=None):
+def fetch(url, flag, sha256=None, name=None):
     """Path of a published file in torch's hub cache; downloaded once per node, its SHA-256 (or a prefix) checked."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[-1])
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url} to {path}", file=sys.stderr)
@@ -168,31 +170,67 @@ def fetch(url, flag, sha256=None):
 
 
 def load_file(path):
-    """The object in a torch file, on the CPU and memory-mapped; a pickle that would run code is refused, not run."""
+    """The dict in a torch or .safetensors file, on the CPU, memory-mapped; a pickle that would run code is refused."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if Path(path).suffix == ".safetensors":
+        return load_safetensors(path)
+    try:  # files from before torch 1.6 are no zip archives and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises whatever the damage causes
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0][:200]})") from None
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    return state
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                      "BOOL": torch.bool}
+
+
+def load_safetensors(path):
+    """{name: tensor} of a .safetensors file, memory-mapped; UserError where it breaks huggingface/safetensors' format.
+
+    The format: the header's length (8 bytes, little-endian), the header (JSON, {name: {dtype, shape, data_offsets}}),
+    and the tensors' bytes, which the offsets must divide without gap or overlap.
+    """
+    size, tensors, done = os.path.getsize(path), {}, 0
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"{length:,} bytes of header in a file of {size:,} bytes")
+            entries = json.loads(file.read(length).decode())
+        entries.pop("__metadata__", None)
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS_DTYPES[entry["dtype"]]
+            if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+                raise ValueError(f"{name!r:.100} has sizes that are no natural numbers")
+            if begin != done or end > len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name!r:.100} leaves a gap, overlaps, ends after the file or is unlike its shape")
+            aligned = (8 + length + begin) % dtype.itemsize == 0
+            tensors[name] = (data[begin:end] if aligned else data[begin:end].clone()).view(dtype).reshape(shape)
+            done = end
+        if done != len(data):
+            raise ValueError(f"its last {len(data) - done:,} bytes belong to no tensor")
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # whatever a wrong header causes
+        raise UserError(f"{path}: not a valid .safetensors file ({error!r:.200})") from None
+    return tensors
 
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict into a module; UserError names the first tensor that is missing, unexpected or misshapen."""
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        raise UserError(f"{path}: not a state dict, which maps names to tensors")
     expected = module.state_dict()
     for name in sorted(expected.keys() | state.keys()):
         want, have = (tuple(d[name].shape) if name in d else "nothing" for d in (expected, state))
         if want != have:
             raise UserError(f"{path}: {name} is {have} where {want} is expected")
     module.load_state_dict(state, assign=assign)
-
-
-def open_data(path):
-    """A memory-mapped .npy array that is never unpickled; UserError when it is missing, damaged or of objects."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
 
 
 def list_images(folder):
@@ -215,53 +253,150 @@ def read_image(path):
         raise UserError(f"{path}: not a readable image ({error})") from None
 
 
-class Rows:
-    """An array on disk that ranks fill row by row, and that an interrupted run continues.
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE of Stable Diffusion. Its tensors are named as in diffusers' AutoencoderKL, so that the published files fit.
 
-    It grows as PATH.part, with PATH.part.map (a byte a row: 0 to do, 1 done) and PATH.part.json (what it is made of;
-    a continuation with other values is refused); `finish` turns it into PATH.
+LATENT_SCALE = 0.18215  # gives latents about unit variance
+SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels or 4 of 512, about 4 GB in float32
+VAE_SHA256 = {"ema": None,  # not known here: the names and shapes of its tensors are the check
+              "mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"}
+
+
+def conv(cin, cout, kernel=3, **options):
+    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2, **options)
+
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class Resnet(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.norm2 = norm(cin), norm(cout)
+        self.conv1, self.conv2 = conv(cin, cout), conv(cout, cout)
+        self.conv_shortcut = conv(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class PixelAttention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = norm(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
+        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + h.transpose(2, 3).reshape(x.shape)
+
+
+class Resample(nn.Module):
+    def __init__(self, channels, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        # downwards, zeros on the right and below only
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Stage(nn.Module):
+    """`depth` resnets at one resolution, then perhaps a change of it."""
+
+    def __init__(self, cin, cout, depth, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.Sequential(*(Resnet(cin if i == 0 else cout, cout) for i in range(depth)))
+        self.downsamplers = nn.Sequential(*[Resample(cout, up=False)] * down)
+        self.upsamplers = nn.Sequential(*[Resample(cout, up=True)] * up)
+
+    def forward(self, x):
+        return self.upsamplers(self.downsamplers(self.resnets(x)))
+
+
+def coder(cin, width, stages, last, cout):
+    """Either half of the autoencoder; VAE runs the parts in the order that is the half's own."""
+    middle = nn.ModuleDict({"attentions": nn.ModuleList([PixelAttention(512)]),
+                            "resnets": nn.ModuleList([Resnet(512, 512), Resnet(512, 512)])})
+    return nn.ModuleDict({"conv_in": conv(cin, width), **stages, "mid_block": middle,
+                          "conv_norm_out": norm(last), "conv_out": conv(last, cout)})
+
+
+def middle(block, x):
+    return block.resnets[1](block.attentions[0](block.resnets[0](x)))
+
+
+def full_precision(x):
+    """A context without autocast, whatever surrounds it."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+class VAE(nn.Module):
+    """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8), frozen.
+
+    weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded once; else
+    the path of a .safetensors, .bin, .pt or .pth file. UserError for a file that cannot be had or read or does not fit.
+
+    Matches diffusers' AutoencoderKL (models/autoencoders/autoencoder_kl.py), in float32 unless the caller's autocast
+    says bf16. Not float16: VAEs of this family overflow it, which is why diffusers has `force_upcast`.
     """
 
-    def __init__(self, path, shape, dtype, made_of, rank, world):
-        self.path, self.part = Path(path), Path(f"{path}.part")
-        self.notes = [Path(f"{self.part}.map"), Path(f"{self.part}.json")]
-        if rank == 0:
-            self._create(shape, dtype, json.loads(json.dumps(made_of)))
-        barrier()
-        self.rows = np.lib.format.open_memmap(self.part, mode="r+")
-        self.map = np.memmap(self.notes[0], np.uint8, "r+")
-        self.done = int((self.map == 1).sum())
-        self.todo = np.array_split(np.flatnonzero(self.map != 1), world)[rank]
-        barrier()  # nobody writes before everybody has read the map
+    def __init__(self, weights=None):
+        super().__init__()
+        self.encoder = coder(3, 128, {"down_blocks": nn.Sequential(
+            Stage(128, 128, 2, down=True), Stage(128, 256, 2, down=True), Stage(256, 512, 2, down=True),
+            Stage(512, 512, 2))}, 512, 8)
+        self.decoder = coder(4, 512, {"up_blocks": nn.Sequential(
+            Stage(512, 512, 3, up=True), Stage(512, 512, 3, up=True), Stage(512, 256, 3, up=True),
+            Stage(256, 128, 3))}, 128, 3)
+        self.quant_conv, self.post_quant_conv = conv(8, 8, 1), conv(4, 4, 1)
+        self.requires_grad_(False)
+        if weights in VAE_SHA256:
+            repository = f"https://huggingface.co/stabilityai/sd-vae-ft-{weights}"
+            weights = fetch(f"{repository}/resolve/main/diffusion_pytorch_model.safetensors", "--vae",
+                            VAE_SHA256[weights], name=f"sd-vae-ft-{weights}.safetensors")
+        if weights is not None:
+            load_weights(self, rename_attention(load_file(weights)), weights)
 
-    def _create(self, shape, dtype, made_of):
-        if self.notes[1].exists():
-            before = json.loads(self.notes[1].read_text())
-            differ = [name for name in made_of if made_of[name] != before.get(name)]
-            if differ:
-                raise UserError(f"{self.part} was begun with {differ[0]} {before.get(differ[0])}, not "
-                                f"{made_of[differ[0]]}: finish it so, or delete it")
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash on some later write
-            with open(self.part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
-        self.notes[0].write_bytes(bytes(shape[0]))
-        with atomic(self.notes[1]) as file:  # last: its presence says that the other two are complete
-            file.write(json.dumps(made_of).encode())
+    def encode(self, x):
+        """Images -> (mean, std) of the posterior, times 0.18215; never in bf16, since latents are made to be kept."""
+        moments = torch.cat([self._moments(part) for part in x.split(max(1, SLICE_PIXELS // x[0, 0].numel()))])
+        mean, log_variance = moments.chunk(2, dim=1)
+        return LATENT_SCALE * mean, LATENT_SCALE * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
-    def write(self, indices, rows):
-        self.rows[indices] = rows
-        self.map[indices] = 1
+    def decode(self, z):
+        """Latents, scaled as `encode` does, -> images, which may over- and undershoot [-1, 1] a little."""
+        parts = (z / LATENT_SCALE).split(max(1, SLICE_PIXELS // (64 * z[0, 0].numel())))
+        return torch.cat([self._image(part) for part in parts])
 
-    def finish(self, keep=True):
-        """On rank 0, once every rank is done: rename to PATH, or delete it all when what it holds has moved on."""
-        self.rows.flush()
-        if keep:
-            os.replace(self.part, self.path)
-        for leftover in [*self.notes, self.part]:
-            leftover.unlink(missing_ok=True)
+    def _moments(self, x):
+        half = self.encoder
+        with full_precision(x):
+            x = middle(half.mid_block, half.down_blocks(half.conv_in(x)))
+            return self.quant_conv(half.conv_out(F.silu(half.conv_norm_out(x))))
+
+    def _image(self, z):
+        half = self.decoder
+        x = half.up_blocks(middle(half.mid_block, half.conv_in(self.post_quant_conv(z))))
+        with full_precision(x):  # rounded to bf16, a pixel would be off by up to a quarter of an 8-bit step
+            return half.conv_out(F.silu(half.conv_norm_out(x.to(half.conv_out.weight.dtype))))
+
+
+def rename_attention(state):
+    """A VAE's state dict with the attention of older files (query, key, ...; 1x1 convolutions) turned into today's."""
+    spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    renamed = {}
+    for name, tensor in state.items():
+        if ".attentions." in str(name):
+            *parents, layer, kind = name.split(".")
+            name = ".".join([*parents, spellings.get(layer, layer), kind])
+            tensor = tensor.flatten(1) if getattr(tensor, "ndim", 0) > 2 else tensor
+        renamed[name] = tensor
+    return renamed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,9 +436,9 @@ class SampleNoise:
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
     """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample."""
     noise = SampleNoise(seed, indices, shape, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
-    return to_uint8(x if decode is None else decode(x)).cpu()
+        return to_uint8(x if decode is None else decode(x)).cpu()
 
 
 def load_model(path, name=None):
@@ -313,10 +448,8 @@ def load_model(path, name=None):
     one under "ema" or "model"), for which `name` says which of the MODELS it is; its sizes are read off the tensors.
     """
     checkpoint = load_file(path)
-    state, config = checkpoint, dict(model=name, classes=None, vae=None)
-    if isinstance(checkpoint, dict):
-        state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
-        config = checkpoint.get("config", config)
+    state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
+    config = checkpoint.get("config", dict(model=name, classes=None, vae=None))
     name = config["model"]
     if name is None:
         raise UserError(f"{path}: holds no config; say with --model which model it is, for instance SiT-XL/2")
@@ -347,12 +480,32 @@ def parse_classes(text, config):
     return labels
 
 
-def write_npz(path, array_file, labels):
-    """An ADM-style archive: arr_0, copied from a .npy file without being read into memory, and arr_1, the labels."""
+def refuse_other(folder, made_of, rank):
+    """Note in a folder what its images are made of; UserError when it was begun with other values."""
+    note = folder / "made_of.json"
+    if rank == 0 and note.exists():
+        before = json.loads(note.read_text())
+        for name, value in json.loads(json.dumps(made_of)).items():
+            if before.get(name) != value:
+                raise UserError(f"{folder} was begun with {name} {before.get(name)}, not {value}: delete it, or name "
+                                f"another --out")
+    elif rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(note) as file:
+            file.write(json.dumps(made_of).encode())
+    barrier()
+
+
+def write_npz(path, files, labels):
+    """An ADM-style archive of image files: arr_0 (N, H, W, 3) uint8, streamed image by image, and arr_1, the labels."""
+    height, width, channels = np.asarray(Image.open(files[0])).shape
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, channels))
+    entries = [zipfile.ZipInfo(name) for name in ("arr_0.npy", "arr_1.npy")]
     with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
-        entries = [zipfile.ZipInfo(name) for name in ("arr_0.npy", "arr_1.npy")]
-        with open(array_file, "rb") as array, archive.open(entries[0], "w", force_zip64=True) as entry:
-            shutil.copyfileobj(array, entry, 1 << 20)
+        with archive.open(entries[0], "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for image in files:
+                entry.write(np.asarray(Image.open(image)).tobytes())
         with archive.open(entries[1], "w") as entry:
             np.lib.format.write_array(entry, labels, allow_pickle=False)
 
@@ -361,7 +514,7 @@ def parse(argv):
     p = Parser(prog="sample.py", description=__doc__)
     p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
     p.add_argument("--model", help="which model a published file holds, for instance SiT-XL/2")
-    p.add_argument("--n", type=number(int, 1), default=64, help="number of images (64); 50000 for an FID")
+    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="number of images (64); 50000 for FID")
     p.add_argument("--steps", type=number(int, 1), default=250, help="sampling intervals (250)")
     p.add_argument("--method", default="heun", choices=FlowMatching.methods, help="(heun)")
     p.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
@@ -372,6 +525,7 @@ def parse(argv):
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
+    p.add_argument("--vae", help="ema, mse or a file; default: what the training data was made with, else ema")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
     return p.parse_args(argv)
 
@@ -381,41 +535,41 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
-    classes = parse_classes(args.classes, config)
-    labels = np.resize(classes, args.n)
     net, objective, dtype = net.to(device), FlowMatching(), args.dtype or default_dtype(device)
     shape = (config["in_channels"], config["input_size"], config["input_size"])
-    out = Path(args.out)
-    archive = out if out.suffix == ".npz" else out / "samples.npz"
+    decode = VAE(args.vae or config["vae"] or "ema").to(device).decode if shape[0] == 4 else None
+    classes = parse_classes(args.classes, config)
+    labels = np.resize(classes, args.n)
     options = dict(steps=args.steps, method=args.method, cfg=args.cfg, cfg_interval=args.cfg_interval,
                    cfg_channels=args.cfg_channels)
-    made_of = dict(options, n=args.n, seed=args.seed, classes=classes, dtype=dtype,
-                   ckpt=zlib.crc32(net.final_layer.linear.weight.cpu().numpy().tobytes()))
-    size = config["input_size"]
-    rows = Rows(archive, (args.n, size, size, 3), np.uint8, made_of, rank, world)
-    progress = Progress("sampling", len(rows.todo) * world, quiet=rank > 0)
-    for start_at in range(0, len(rows.todo), args.batch):
-        chunk = rows.todo[start_at:start_at + args.batch]
-        images = generate(net, objective, shape, torch.from_numpy(labels[chunk]), chunk.tolist(), args.seed, device,
-                          dtype, **options)
-        rows.write(chunk, images.permute(0, 2, 3, 1).numpy())
-        progress.update(len(chunk) * world)
+
+    # every image becomes a file of its own, so that an interrupted run continues; an archive is made of the files
+    out = Path(args.out)
+    folder = Path(f"{out}.part") if out.suffix == ".npz" else out
+    weights = zlib.crc32(net.final_layer.linear.weight.cpu().numpy().tobytes())
+    refuse_other(folder, dict(options, seed=args.seed, classes=classes, dtype=dtype, weights=weights), rank)
+    files = [folder / f"{i:06d}.png" for i in range(args.n)]
+    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
+    progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
+    for begin in range(0, len(todo), args.batch):
+        indices = todo[begin:begin + args.batch]
+        images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device, dtype,
+                          decode, **options)
+        for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+            with atomic(files[i]) as file:
+                Image.fromarray(image).save(file, "PNG", compress_level=1)
+        progress.update(len(indices) * world)
     barrier()
-    if out.suffix != ".npz":
-        for i in range(rank, args.n, world):
-            with atomic(out / f"{i:06d}.png") as file:
-                Image.fromarray(rows.rows[i]).save(file, "PNG")
-        barrier()
     if rank == 0:
-        kinds = len(classes)
-        first = np.arange(min(args.n, 80 if kinds > 10 else 8 * kinds))
-        if kinds <= 10 and len(first) == 8 * kinds:
-            first = first.reshape(8, kinds).T.ravel()  # one class a row
+        kinds, columns, shown = len(classes), 8, range(min(args.n, 64))
+        if kinds <= min(10, args.n):  # one class a row
+            columns = min(8, args.n // kinds)
+            shown = [row + kinds * column for row in range(kinds) for column in range(columns)]
         grid = out.with_suffix(".png") if out.suffix == ".npz" else out.with_name(out.name + ".png")
-        save_grid(rows.rows[first].transpose(0, 3, 1, 2), grid, columns=8)
+        save_grid(np.stack([np.asarray(Image.open(files[i])) for i in shown]).transpose(0, 3, 1, 2), grid, columns)
         if out.suffix == ".npz":
-            write_npz(out, rows.part, labels)
-        rows.finish(keep=False)
+            write_npz(out, files, labels)
+            shutil.rmtree(folder)
         print(f"wrote {out} and {grid}")
 
 

@@ -3,12 +3,13 @@
 Numbers marked "golden" were computed by the published implementations on the weights and inputs that `fill`, `rn` and
 `ru` reproduce.
 """
-import io
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+import urllib.error
 import zlib
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dispersive import (KINDS, MODELS, DiT, FlowMatching, build_model, contrasti
 from sample import UserError
 
 HERE = Path(__file__).parent
+GOLDEN = HERE.parent / "shared" / "golden"
 
 
 def rn(seed, *shape):
@@ -34,12 +36,13 @@ def ru(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).uniform(size=shape).astype(np.float32))
 
 
-def fill(module):
+def fill(module, prefix=""):
     """Weights that depend on the parameter's name alone, as the golden numbers were computed with."""
     for name, tensor in module.state_dict().items():
         if name == "pos_embed" or not tensor.is_floating_point():
             continue
-        a = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(tensor.shape)).astype(np.float32)
+        random = np.random.RandomState(zlib.crc32((prefix + name).encode()))
+        a = random.standard_normal(tuple(tensor.shape)).astype(np.float32)
         tensor.copy_(torch.from_numpy(a / np.float32(math.sqrt(np.prod(a.shape[1:]))) if a.ndim > 1 else a * 0.1))
     return module
 
@@ -279,9 +282,8 @@ def test_forward_loss_and_heun_equal_the_published_code(golden_sit):
     close(out.flatten()[::1111], GOLDEN_SIT["out"], 1e-5)
     close(loss, GOLDEN_SIT["loss"], 1e-5)
     close(heun.flatten()[::1111], GOLDEN_SIT["ode_heun2"], 1e-5)
-    path = HERE.parent / "shared" / "golden" / "sit.npz"
-    if path.exists():
-        golden = np.load(path)
+    if GOLDEN.exists():
+        golden = np.load(GOLDEN / "sit.npz")
         close(out, golden["out"], 1e-5)
         close(heun, golden["ode_heun2"], 1e-5)
 
@@ -429,3 +431,826 @@ def test_flow_matching_loss_is_its_formula():
     assert len(activations) == 1
     t = FlowMatching().times(10000, torch.Generator().manual_seed(0))
     assert abs(t.mean() - 0.5) < 0.02 and t.min() >= 0 and t.max() < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py and sample.py
+
+TINY = ["--model", "SiT-XS/8", "--batch", "32", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--dtype", "fp32",
+        "--ckpt-every", "1000", "--sample-every", "1000"]
+
+
+def run(script, *args, ranks=1):
+    """Run a command line in a process of its own, under torchrun when there are several ranks."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*launcher, str(HERE / script), *map(str, args)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def fails(main, capsys, *args):
+    """The one line that a bad command line prints; exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [(entry["loss"], entry["disp"]) for entry in log_of(out) if "loss" in entry]
+
+
+def weights(out, which="model"):
+    return torch.load(Path(out) / "ckpt.pt", weights_only=True)[which]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of class folders with a few small images of several formats, and its cache."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        folder = root / "images" / "cat dog".split()[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        array = rng.integers(0, 256, (18 + i % 5, 20, 3), dtype=np.uint8)
+        Image.fromarray(array).convert("L" if i == 5 else "RGB").save(folder / f"{i:02d}.{'png' if i % 3 else 'jpg'}")
+    (root / "images" / "cat" / "notes.txt").write_text("no image")
+    train.main(["--images", str(root / "images"), "--data", str(root / "cache"), "--vae", "none", "--size", "16",
+                "--cache-only"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Six steps on those images, by one process."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    train.main(["--data", str(photos / "cache"), "--steps", "6", *TINY, "--out", str(out)])
+    return out
+
+
+def test_cache_holds_the_cropped_images_in_sorted_order(photos):
+    latents = np.load(photos / "cache" / "latents.npy")
+    labels = np.load(photos / "cache" / "labels.npy")
+    files = sorted((photos / "images").glob("*/*.[jp]*"))
+    assert json.loads((photos / "cache" / "meta.json").read_text())["classes"] == ["cat", "dog"]
+    assert labels.tolist() == [0] * 24 + [1] * 24
+    assert sorted(p.name for p in (photos / "cache").iterdir()) == ["labels.npy", "latents.npy", "meta.json"]
+    for i in (0, 7, 30):
+        image = train.center_crop(Image.open(files[i]).convert("RGB"), 16)
+        assert np.array_equal(latents[i], np.asarray(image).transpose(2, 0, 1))
+
+
+def test_center_crop_halves_by_box_then_bicubic_then_crops():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 91, 3), dtype=np.uint8))
+    half = image.resize((45, 25), Image.BOX)
+    small = half.resize((round(45 * 16 / 25), 16), Image.BICUBIC)
+    left = (small.width - 16) // 2
+    assert np.array_equal(train.center_crop(image, 16), np.asarray(small)[:, left:left + 16])
+
+
+def test_unreadable_images_stop_the_run_or_are_left_out(photos, tmp_path, capsys):
+    folder = tmp_path / "images"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(folder / name / f"{i}.png")
+    whole = (folder / "a" / "1.png").read_bytes()
+    (folder / "a" / "1.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "b" / "2.png").write_text("not an image")
+    command = ["--images", folder, "--data", tmp_path / "cache", "--vae", "none", "--size", "16", "--cache-only"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(arg) for arg in command])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "a/1.png" in err and "b/2.png" in err and "--skip-bad" in err
+    assert not (tmp_path / "cache" / "latents.npy").exists()
+    train.main([str(arg) for arg in [*command, "--skip-bad"]])
+    data = train.Data.open(tmp_path / "cache")
+    assert len(data) == 4 and data.labels.tolist() == [0, -1, 0, 1, 1, -1]
+    images, labels = data.read(np.arange(4), np.zeros(4, bool))
+    assert images[:, 0, 0, 0].tolist() == [0, 80, 0, 40] and labels.tolist() == [0, 0, 1, 1]
+
+
+def test_interrupted_caching_continues(photos, tmp_path, monkeypatch):
+    command = ["--images", str(photos / "images"), "--data", str(tmp_path), "--vae", "none", "--size", "16",
+               "--cache-only"]
+    write, batches = sample.Rows.write, []
+
+    def stops_early(self, indices, rows):
+        write(self, indices[:10], rows[:10])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample.Rows, "write", stops_early)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    assert stop.value.code == 130 and not (tmp_path / "latents.npy").exists()
+    monkeypatch.setattr(sample.Rows, "write", lambda self, i, rows: (batches.append(len(i)), write(self, i, rows)))
+    train.main(command)
+    assert sum(batches) == 38
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        assert (tmp_path / name).read_bytes() == (photos / "cache" / name).read_bytes()
+
+
+def test_caching_on_two_ranks_gives_the_same_bytes(photos, tmp_path):
+    done = run("train.py", "--images", photos / "images", "--data", tmp_path, "--vae", "none", "--size", 16,
+               "--cache-only", ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        assert (tmp_path / name).read_bytes() == (photos / "cache" / name).read_bytes()
+
+
+def test_a_cache_of_other_images_or_size_is_refused(photos, capsys):
+    line = fails(train.main, capsys, "--images", photos / "images", "--data", photos / "cache", "--size", 8)
+    assert "size 16, not 8" in line
+
+
+def test_every_epoch_reads_every_entry_once():
+    n, batch = 10, 4
+    entries = np.concatenate([train.batch_entries(3, step, batch, n) for step in range(10)])
+    assert [sorted(part) for part in entries.reshape(4, 10)] == [list(range(10))] * 4
+    assert entries[:10].tolist() != entries[10:20].tolist()
+    assert sorted(train.batch_entries(3, 0, 30, n)) == sorted([*range(10)] * 3)
+
+
+def test_data_reads_mirrors(photos):
+    data = train.Data.open(photos / "cache")
+    images, _ = data.read(np.array([3, 4]), np.array([True, False]))
+    assert np.array_equal(images[0].numpy(), data.latents[3][..., ::-1]) and np.array_equal(images[1], data.latents[4])
+    close(data.prepare(images, None).amax(), images.amax() / 127.5 - 1, 1e-6)
+
+
+def test_latent_data_draws_from_the_posterior(tmp_path):
+    moments = np.random.default_rng(0).normal(size=(6, 2, 8, 4, 4)).astype(np.float16)
+    np.save(tmp_path / "latents.npy", moments)
+    np.save(tmp_path / "labels.npy", np.arange(6) % 2)
+    (tmp_path / "meta.json").write_text(json.dumps(dict(classes=["a", "b"], vae="ema")))
+    data = train.Data.open(tmp_path)
+    assert data.shape == (4, 4, 4)
+    x, labels = data.read(np.array([5, 2]), np.array([False, True]))
+    noise = rn(1, 2, 4, 4, 4)
+    expected = np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32)
+    close(data.prepare(x, noise), torch.from_numpy(expected[:, :4]) + torch.from_numpy(expected[:, 4:]) * noise, 1e-6)
+    assert labels.tolist() == [1, 0]
+
+
+def test_two_ranks_and_accumulation_equal_one_process(photos, trained, tmp_path):
+    base = ["--data", photos / "cache", "--steps", 6, *TINY]
+    two = run("train.py", *base, "--out", tmp_path / "two", ranks=2)
+    assert two.returncode == 0, two.stderr
+    train.main([*map(str, base), "--micro", "16", "--out", str(tmp_path / "micro")])
+    for other in ("two", "micro"):
+        close(losses(tmp_path / other), losses(trained), 1e-5)
+        for name, value in weights(tmp_path / other).items():
+            assert (value - weights(trained)[name]).abs().max() <= 1e-4
+
+
+def test_resuming_equals_not_stopping(photos, trained, tmp_path):
+    base = ["--data", str(photos / "cache"), *TINY, "--out", str(tmp_path / "run")]
+    train.main([*base, "--steps", "2"])
+    train.main([*base, "--steps", "6"])
+    assert losses(tmp_path / "run") == losses(trained)
+    for which in ("model", "ema"):
+        for name, value in weights(tmp_path / "run", which).items():
+            assert torch.equal(value, weights(trained, which)[name])
+
+
+def test_training_step_is_the_recipe(photos, trained, tmp_path):
+    """The first step, written out: data order, streams, loss, AdamW, and an EMA whose first decay is 1/10."""
+    data = train.Data.open(photos / "cache")
+    torch.manual_seed(0)
+    net = build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=2)
+    start_weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    flips = np.random.default_rng([0, 0, zlib.crc32(b"flip")]).random(32) < 0.5
+    images, labels = data.read(train.batch_entries(0, 0, 32, len(data)), flips)
+    x = images.float() / 127.5 - 1
+
+    def generator(purpose):
+        return train.stream(0, 0, purpose, torch.device("cpu"))
+    y = torch.where(torch.rand(32, generator=generator("label")) < 0.1, 2, labels)
+    t, noise = torch.rand(32, generator=generator("time")), torch.randn(x.shape, generator=generator("noise"))
+    x_t = t.view(-1, 1, 1, 1) * x + (1 - t.view(-1, 1, 1, 1)) * noise
+    out, (z,) = net(x_t, t, y, blocks=(2,))
+    regression = ((out[:, :3] - (x - noise)) ** 2).mean()
+    dispersion = (slow_dispersive(z[:16], "infonce") + slow_dispersive(z[16:], "infonce")) / 2
+    (regression + 0.5 * dispersion).backward()
+    torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0).step()
+    train.main(["--data", str(photos / "cache"), "--steps", "1", *TINY, "--out", str(tmp_path)])
+    close(losses(tmp_path)[0], (regression.item(), dispersion.item()), 1e-5)
+    assert losses(tmp_path)[0] == losses(trained)[0]
+    for name, p in net.named_parameters():
+        assert (weights(tmp_path)[name] - p.detach()).abs().max() < 1e-4  # of steps of 1e-3
+        assert (weights(tmp_path, "ema")[name] - (0.1 * start_weights[name] + 0.9 * p.detach())).abs().max() < 1e-4
+
+
+def test_without_dispersion_nothing_is_captured(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "dispersive_loss", None)
+    captured = []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y, blocks=(): (captured.append(len(blocks)),
+                                                                          forward(self, x, t, y, blocks))[1])
+    train.main(["--data", str(photos / "cache"), "--steps", "2", *TINY, "--disp", "none", "--out", str(tmp_path)])
+    assert captured[:2] == [0, 0]
+    assert "disp" not in log_of(tmp_path)[0]
+
+
+def test_gradient_clipping_and_blocks_and_kinds(photos, tmp_path):
+    base = ["--data", str(photos / "cache"), "--steps", "1", *TINY]
+    train.main([*base, "--grad-clip", "1e-9", "--out", str(tmp_path / "clip")])
+    train.main([*base, "--disp-blocks", "all", "--disp", "hinge", "--out", str(tmp_path / "all")])
+    assert len(weights(tmp_path / "clip")) == len(weights(tmp_path / "all"))
+    entry = log_of(tmp_path / "all")
+    assert entry[0]["floor"] == 1 / 16 and len(entry[-1]["block_distance"]) == 8
+
+
+def test_demo_data_is_deterministic_and_balanced():
+    (images, labels, names), (again, _, _) = train.demo_data(40), train.demo_data(40)
+    assert np.array_equal(images, again) and images.dtype == np.uint8 and images.shape[1] == 3
+    assert np.bincount(labels).tolist() == [4] * 10 and len(names) == 10
+    assert len({image.tobytes() for image in images}) == 40
+
+
+def test_demo_loss_falls_and_leaves_a_picture(tmp_path, capsys):
+    train.main(["--steps", "30", "--batch", "32", "--log-every", "10", "--out", str(tmp_path)])
+    curve = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert curve[-1] < 0.95 * curve[0]
+    picture = Image.open(tmp_path / "samples" / "0000030.png")
+    assert picture.mode == "RGB" and picture.width / picture.height == 8 / 10
+    assert f"python sample.py --ckpt {tmp_path}/ckpt.pt" in capsys.readouterr().out
+
+
+def test_resuming_with_another_config_is_refused(photos, trained, capsys):
+    base = ["--data", photos / "cache", *TINY, "--out", trained]
+    before = (trained / "ckpt.pt").read_bytes()
+    for flag, value in (("--lr", "2e-3"), ("--seed", 1), ("--disp", "hinge"), ("--model", "SiT-XS/4"), ("--batch", 48)):
+        line = fails(train.main, capsys, *base, "--steps", 8, flag, value)
+        assert line.startswith(f"train: error: {flag} is {value if flag != '--lr' else 0.002}")
+    assert (trained / "ckpt.pt").read_bytes() == before
+
+
+def test_starting_afresh_keeps_the_old_run(photos, trained, tmp_path):
+    base = ["--data", str(photos / "cache"), *TINY, "--out", str(tmp_path)]
+    train.main([*base, "--steps", "1"])
+    old = (tmp_path / "ckpt.pt").read_bytes()
+    train.main([*base, "--steps", "1", "--seed", "5", "--resume", "none"])
+    assert (tmp_path / "ckpt.old.pt").read_bytes() == old != (tmp_path / "ckpt.pt").read_bytes()
+    assert len(losses(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--disp-blocks", "9"], "--disp-blocks 9: expected 'all' or numbers from 1 to 8"),
+    (["--disp-blocks", "x"], "--disp-blocks x"),
+    (["--model", "SiT-M/2"], "--model SiT-M/2: expected one of SiT-XS/2"),
+    (["--lr", "fast"], "argument --lr: expected float of at least 0, got 'fast'"),
+    (["--lr", "nan"], "argument --lr"),
+    (["--batch", "0"], "argument --batch: expected int of at least 1, got '0'"),
+    (["--batch", "40"], "the nearest that fit are --batch 32 --micro 32 --disp-group 16"),
+    (["--micro", "12"], "the nearest that fit are --batch 32 --micro 16 --disp-group 16"),
+    (["--disp", "l2"], "argument --disp: invalid choice: 'l2'"),
+    (["--disp-tau", "0"], "argument --disp-tau"),
+    (["--disp-margin", "-1"], "argument --disp-margin"),
+    (["--disp-weight", "-1"], "argument --disp-weight"),
+    (["--disp-group", "1"], "argument --disp-group: expected int of at least 2"),
+    (["--ema", "1.5"], "argument --ema: expected float from 0 to 1"),
+    (["--grad-clip", "-1"], "argument --grad-clip"),
+    (["--epochs", "-3"], "argument --epochs"),
+    (["--seed", "-1"], "argument --seed"),
+    (["--dtype", "fp8"], "argument --dtype"),
+    (["--data", "nowhere"], "--data nowhere: no latents.npy there"),
+    (["--images", "nowhere"], "--images needs --data"),
+    (["--images", "nowhere", "--data", "x"], "nowhere: no such folder"),
+    (["--resume", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz"),
+])
+def test_bad_flags_of_training(args, words, tmp_path, capsys):
+    assert words in fails(train.main, capsys, "--out", tmp_path / "out", *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_come_once_under_torchrun(tmp_path):
+    done = run("train.py", "--batch", 33, "--out", tmp_path / "out", ranks=2)
+    lines = [line for line in done.stderr.splitlines() if "--batch 33" in line]
+    assert done.returncode != 0 and len(lines) == 1 and "2 rank(s)" in lines[0]
+    assert "Traceback" not in done.stderr.split(lines[0])[0]
+
+
+def test_to_uint8_truncates():
+    assert sample.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.0039, 1.0, 3.0])).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_samples_depend_on_seed_and_index_alone(trained, tmp_path):
+    base = ["--ckpt", trained / "ckpt.pt", "--n", 7, "--steps", 3, "--dtype", "fp32", "--seed", 3]
+    sample.main([*map(str, base), "--out", str(tmp_path / "one.npz")])
+    sample.main([*map(str, base), "--out", str(tmp_path / "few.npz"), "--batch", "2"])
+    base[2] = "--num-samples"  # torchrun would take --n for its own
+    two = run("sample.py", *base, "--out", tmp_path / "two.npz", "--batch", 3, ranks=2)
+    base[2] = "--n"
+    assert two.returncode == 0, two.stderr
+    one = np.load(tmp_path / "one.npz")
+    assert one["arr_0"].shape == (7, 16, 16, 3) and one["arr_0"].dtype == np.uint8
+    assert one["arr_1"].tolist() == [0, 1, 0, 1, 0, 1, 0]
+    for other in ("few", "two"):
+        pixels = np.load(tmp_path / f"{other}.npz")["arr_0"].astype(int)
+        assert np.abs(pixels - one["arr_0"]).max() <= 1
+    sample.main([*map(str, base), "--out", str(tmp_path / "pngs"), "--classes", "dog,0,dog"])
+    files = sorted((tmp_path / "pngs").glob("*.png"))
+    assert len(files) == 7 and Image.open(files[0]).size == (16, 16)
+    names = "few.npz few.png one.npz one.png pngs pngs.png two.npz two.png"
+    assert sorted(p.name for p in tmp_path.iterdir()) == names.split()
+
+
+def test_sampling_is_the_ema_models_flow(trained, tmp_path):
+    """Sample 1 written out: its noise, label 1, two Heun intervals with the EMA weights, DiT's rounding."""
+    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--n", "2", "--steps", "2", "--dtype", "fp32", "--seed", "3",
+                 "--out", str(tmp_path / "x.npz")])
+    net = build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=2)
+    net.load_state_dict(weights(trained, "ema"))
+    x = torch.from_numpy(np.random.default_rng([3, 1]).standard_normal((3, 16, 16), np.float32))[None]
+    with torch.no_grad():
+        def v(x, t):
+            return net(x, torch.full((1,), t), torch.tensor([1]))[:, :3]
+        for t in (0.0, 0.5):
+            k = v(x, t)
+            x = x + 0.25 * (k + v(x + 0.5 * k, t + 0.5))
+    expected = (127.5 * x[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(np.load(tmp_path / "x.npz")["arr_0"][1] - expected).max() <= 1
+
+
+def test_interrupted_sampling_continues_with_the_same_flags_only(trained, tmp_path, monkeypatch, capsys):
+    base = ["--ckpt", str(trained / "ckpt.pt"), "--n", "6", "--steps", "2", "--batch", "2"]
+    sample.main([*base, "--out", str(tmp_path / "whole.npz")])
+    real, calls = sample.generate, []
+
+    def generate(*args, **options):
+        calls.append(args[4])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+    monkeypatch.setattr(sample, "generate", generate)
+    with pytest.raises(SystemExit):
+        sample.main([*base, "--out", str(tmp_path / "x.npz")])
+    capsys.readouterr()
+    assert "begun with seed 0, not 1" in fails(sample.main, capsys, *base, "--out", tmp_path / "x.npz", "--seed", 1)
+    sample.main([*base, "--out", str(tmp_path / "x.npz")])
+    assert [list(c) for c in calls] == [[0, 1], [2, 3], [2, 3], [4, 5]]
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--n", "0"], "argument --n"),
+    (["--classes", "2"], "--classes 2: expected numbers from 0 to 1 or names such as cat"),
+    (["--classes", "cow"], "--classes cow"),
+    (["--method", "rk4"], "argument --method: invalid choice"),
+    (["--cfg-interval", "0.5", "2"], "argument --cfg-interval: expected float from 0 to 1"),
+    (["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"),
+])
+def test_bad_flags_of_sampling(args, words, trained, tmp_path, capsys):
+    base = ["--ckpt", trained / "ckpt.pt", "--out", tmp_path / "x.npz"]
+    assert words in fails(sample.main, capsys, *base, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_files_load_as_they_come(trained, tmp_path, capsys):
+    """A bare state dict, or one under "ema", without config; either with or without the learned variance."""
+    for learn_sigma in (True, False):
+        net = fill(build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=5, learn_sigma=learn_sigma))
+        for state in (net.state_dict(), dict(ema=net.state_dict(), model={}, args=1)):
+            torch.save(state, tmp_path / "published.pt")
+            loaded, config = sample.load_model(tmp_path / "published.pt", "SiT-XS/8")
+            assert torch.equal(loaded(rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5])),
+                               net(rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5])))
+            assert config["num_classes"] == 5
+    with pytest.raises(UserError, match="say with --model"):
+        sample.load_model(tmp_path / "published.pt")
+    with pytest.raises(UserError, match=r"blocks.0.adaLN_modulation.1.bias is \(1536,\) where \(2304,\) is expected"):
+        sample.load_model(tmp_path / "published.pt", "SiT-S/8")
+
+
+def test_damaged_and_malicious_checkpoints(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+    torch.save(Evil(), tmp_path / "evil.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("evil.pt", "text.pt"):
+        with pytest.raises(UserError, match="not a readable weights file"):
+            sample.load_file(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        with sample.atomic(tmp_path / "x") as file:
+            file.write(b"new")
+            1 / 0
+    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_failed_download_names_file_url_and_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    source = tmp_path / "weights.pth"
+    source.write_bytes(b"weights")
+    digest = "9aac8298b48ec8ac19a9c1ab6a7eb4f0a5ec2ba9b9a5a4d0f77b5d0d1b6a5e3c"
+    with pytest.raises(UserError, match="--weights FILE"):
+        sample.fetch(source.as_uri(), "--weights", digest)
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+    path = sample.fetch(source.as_uri(), "--weights", hashlib.sha256(b"weights").hexdigest())
+    source.unlink()
+    assert sample.fetch(source.as_uri(), "--weights") == path and path.read_bytes() == b"weights"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py: the VAE and its weights files
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return fill(sample.VAE())
+
+
+# The network once more, slowly: float64 NumPy on one image (C, H, W); `w` is a state dict, `at` a module's name in it.
+
+
+def slow_conv(w, at, x, stride=1, pad=((1, 1), (1, 1))):
+    weight = w[at + ".weight"]
+    k = weight.shape[-1]
+    x = np.pad(x, ((0, 0), *pad)) if k == 3 else x
+    height, width = ((n - k) // stride + 1 for n in x.shape[1:])
+    out = np.zeros((len(weight), height, width))
+    for i in range(k):
+        for j in range(k):
+            out += np.tensordot(weight[:, :, i, j], x[:, i:i + stride * height:stride, j:j + stride * width:stride], 1)
+    return out + w[at + ".bias"][:, None, None]
+
+
+def slow_norm(w, at, x):
+    groups = x.reshape(32, -1)
+    groups = (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + 1e-6)
+    return groups.reshape(x.shape) * w[at + ".weight"][:, None, None] + w[at + ".bias"][:, None, None]
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def slow_resnet(w, at, x):
+    h = slow_conv(w, at + ".conv1", silu(slow_norm(w, at + ".norm1", x)))
+    h = slow_conv(w, at + ".conv2", silu(slow_norm(w, at + ".norm2", h)))
+    return h + (slow_conv(w, at + ".conv_shortcut", x) if at + ".conv_shortcut.weight" in w else x)
+
+
+def slow_attention(w, at, x):
+    def linear(name, tokens):
+        return w[f"{at}.{name}.weight"] @ tokens + w[f"{at}.{name}.bias"][:, None]
+
+    tokens = slow_norm(w, at + ".group_norm", x).reshape(len(x), -1)  # a column for every pixel
+    q, k, v = (linear(name, tokens) for name in ("to_q", "to_k", "to_v"))
+    scores = np.exp(q.T @ k / np.sqrt(len(x)))
+    return x + linear("to_out.0", v @ (scores / scores.sum(1, keepdims=True)).T).reshape(x.shape)
+
+
+def slow_down(w, at, x):
+    return slow_conv(w, at + ".conv", x, stride=2, pad=((0, 1), (0, 1)))
+
+
+def slow_up(w, at, x):
+    return slow_conv(w, at + ".conv", x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+def slow_middle(w, at, x):
+    x = slow_resnet(w, at + ".resnets.0", x)
+    return slow_resnet(w, at + ".resnets.1", slow_attention(w, at + ".attentions.0", x))
+
+
+def slow_moments(w, x):
+    x = slow_conv(w, "encoder.conv_in", x)
+    for i in range(4):
+        for j in range(2):
+            x = slow_resnet(w, f"encoder.down_blocks.{i}.resnets.{j}", x)
+        if i < 3:
+            x = slow_down(w, f"encoder.down_blocks.{i}.downsamplers.0", x)
+    x = slow_middle(w, "encoder.mid_block", x)
+    return slow_conv(w, "quant_conv", slow_conv(w, "encoder.conv_out", silu(slow_norm(w, "encoder.conv_norm_out", x))))
+
+
+def slow_decode(w, z):
+    x = slow_middle(w, "decoder.mid_block", slow_conv(w, "decoder.conv_in", slow_conv(w, "post_quant_conv", z)))
+    for i in range(4):
+        for j in range(3):
+            x = slow_resnet(w, f"decoder.up_blocks.{i}.resnets.{j}", x)
+        if i < 3:
+            x = slow_up(w, f"decoder.up_blocks.{i}.upsamplers.0", x)
+    return slow_conv(w, "decoder.conv_out", silu(slow_norm(w, "decoder.conv_norm_out", x)))
+
+
+def float64(module, prefix=""):
+    return {prefix + name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("module, slow, channels", [
+    (sample.Resnet(32, 64), slow_resnet, 32), (sample.Resnet(64, 64), slow_resnet, 64),
+    (sample.PixelAttention(64), slow_attention, 64), (sample.Resample(32, up=False), slow_down, 32),
+    (sample.Resample(32, up=True), slow_up, 32)])
+@pytest.mark.parametrize("scale", [1, 1e-3])  # the small input shows the epsilon of the norms
+def test_vae_layers_equal_a_slow_float64_formulation(module, slow, channels, scale):
+    module = fill(module.requires_grad_(False).double(), "block.")
+    x = scale * rn(50, 2, channels, 6, 10).double()
+    expected = np.stack([slow(float64(module, "block."), "block", image) for image in x.numpy()])
+    np.testing.assert_allclose(module(x).numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_vae_block_runs_its_resnets_and_then_changes_resolution():
+    x = rn(51, 1, 32, 6, 10)
+    for options, layer, shape in (({"down": True}, "downsamplers.0", (1, 64, 3, 5)),
+                                  ({"up": True}, "upsamplers.0", (1, 64, 12, 20)), ({}, None, (1, 64, 6, 10))):
+        block = fill(sample.Stage(32, 64, 3, **options).requires_grad_(False))
+        h = block.resnets[2](block.resnets[1](block.resnets[0](x)))
+        expected = block.get_submodule(layer)(h) if layer else h
+        assert torch.equal(block(x), expected) and block(x).shape == shape
+
+
+def test_vae_names_and_shapes_are_the_published_ones(vae):
+    shapes = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
+    assert len(shapes) == 248 and sum(tensor.numel() for tensor in vae.state_dict().values()) == 83_653_863
+    digest = hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()
+    assert digest == "6286db08f9cfd63c3269bc33f220dd77e9ab46cd1173bb5f3f71ef61a92db085"
+    norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(norms) == 52 and all(norm.num_groups == 32 and norm.eps == 1e-6 for norm in norms)
+    if GOLDEN.exists():
+        assert shapes == json.loads((GOLDEN / "vae_keys.json").read_text())
+
+
+def unscaled(mean, std):
+    """The moments (mean and log-variance) that `encode` made mean and std of."""
+    return torch.cat([mean / 0.18215, 2 * torch.log(std / 0.18215)], dim=1)[0]
+
+
+def test_vae_moments_equal_those_of_diffusers(vae):
+    moments = unscaled(*vae.encode(rn(41, 1, 3, 64, 64).clamp(-1, 1)))
+    # diffusers' AutoencoderKL on these weights and this image, at two places of the latent
+    torch.testing.assert_close(moments[:, 2, 5], torch.tensor([
+        0.120131940, 0.195904762, -0.122031748, 0.136251375, 0.132280618, -0.327936649, 0.101699010, -0.167610466]),
+        rtol=0, atol=1e-4)
+    torch.testing.assert_close(moments[:, 7, 0], torch.tensor([
+        0.017716117, 0.173112303, -0.048999283, 0.120796382, 0.116384804, -0.351656705, 0.186544120, -0.150850683]),
+        rtol=0, atol=1e-4)
+    if GOLDEN.exists():
+        np.testing.assert_allclose(moments, np.load(GOLDEN / "vae.npz")["moments"][0], rtol=0, atol=1e-4)
+
+
+def test_vae_equals_a_slow_float64_formulation(vae):
+    weights, x, z = float64(vae), rn(42, 1, 3, 32, 48).clamp(-1, 1), rn(43, 1, 4, 4, 6)
+    np.testing.assert_allclose(unscaled(*vae.encode(x)), slow_moments(weights, x[0].double().numpy()), atol=1e-5)
+    expected = slow_decode(weights, z[0].double().numpy() / 0.18215)
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(vae.decode(z)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_vae_clamps_the_log_variance_as_diffusers_does(vae):
+    bias = vae.quant_conv.bias.clone()
+    vae.quant_conv.bias.copy_(torch.tensor([0, 0, 0, 0, 1000, 1000, -1000, -1000.]))
+    _, std = vae.encode(rn(44, 1, 3, 16, 16))
+    vae.quant_conv.bias.copy_(bias)
+    expected = 0.18215 * torch.exp(torch.tensor([10, 10, -15, -15.]))
+    torch.testing.assert_close(std, expected[None, :, None, None].expand(1, 4, 2, 2), rtol=1e-5, atol=0)
+
+
+def test_vae_shapes_up_to_512_pixels():
+    with torch.device("meta"):
+        vae = sample.VAE()
+        for size in (64, 256, 512):
+            mean, std = vae.encode(torch.empty(6, 3, size, size))
+            assert mean.shape == std.shape == (6, 4, size // 8, size // 8)
+            assert vae.decode(mean).shape == (6, 3, size, size)
+
+
+def test_vae_slices_give_what_the_whole_batch_gives(vae, monkeypatch):
+    x, z, rows = rn(45, 5, 3, 16, 24), rn(46, 5, 4, 2, 3), []
+    whole = *vae.encode(x), vae.decode(z)
+    monkeypatch.setattr("sample.SLICE_PIXELS", 2 * 16 * 24 + 1)  # two images
+    hooks = [coder.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+             for coder in (vae.encoder.conv_in, vae.decoder.conv_in)]
+    for sliced, expected in zip((*vae.encode(x), vae.decode(z)), whole):
+        torch.testing.assert_close(sliced, expected, rtol=0, atol=1e-5)
+    assert rows == [2, 2, 1] * 2
+    monkeypatch.setattr("sample.SLICE_PIXELS", 1)
+    assert vae.decode(z[:2]).shape == (2, 3, 16, 24) and rows[6:] == [1, 1]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_vae_under_autocast_keeps_latents_and_pixels_in_float32(vae):
+    x, z = rn(47, 1, 3, 32, 32), rn(48, 1, 4, 4, 4)
+    mean, image = vae.encode(x)[0], vae.decode(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.encode(x)[0], mean)
+        lower = vae.decode(z)
+    error = (lower - image).std() / image.std()
+    assert lower.dtype == torch.float32 and 1e-4 < error < 0.02  # bf16 within, float32 at the end
+    assert len(lower.unique()) > 0.9 * lower.numel()
+
+
+def test_vae_is_frozen_but_passes_gradients_to_its_input(vae):
+    assert not any(p.requires_grad for p in vae.parameters())
+    z = rn(49, 1, 4, 2, 2).requires_grad_()
+    vae.decode(z).square().sum().backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+
+def safetensors(entries, data):
+    """A file's bytes: `entries` a dict, or the header itself."""
+    header = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def write_safetensors(path, state):
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+    entries, data = {"__metadata__": {"format": "pt"}}, []
+    for name, tensor in state.items():
+        data.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        end = sum(map(len, data))
+        entries[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [end - len(data[-1]), end]}
+    path.write_bytes(safetensors(entries, b"".join(data)))
+
+
+def older(state):
+    """A state dict in the spelling of older files: other names, 1x1 convolutions."""
+    renamed = {}
+    for name, tensor in state.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f".attentions.0.{new}." in name:
+                name = name.replace(new, old)
+                if name.endswith("weight"):
+                    tensor = tensor[:, :, None] if old == "proj_attn" else tensor[:, :, None, None]
+        renamed[name] = tensor
+    return renamed
+
+
+def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path):
+    state = {name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}
+    old = older(state)
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in old and len(old) == 248
+    torch.save(old, tmp_path / "old.bin")
+    write_safetensors(tmp_path / "new.safetensors", state)
+    for path in sorted(tmp_path.iterdir()):
+        loaded = sample.VAE(path).state_dict()
+        path.unlink()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], state[name].float()) for name in state)
+
+
+def test_vae_file_that_does_not_fit_says_which_tensor(tmp_path):
+    with torch.device("meta"):
+        state = sample.VAE().state_dict()
+    name = "encoder.mid_block.attentions.0.to_k.weight"
+    for change, message in (({name: torch.zeros(512, 256)}, f"{name} is (512, 256) where (512, 512) is expected"),
+                            ({"more": torch.zeros(1)}, "more is (1,) where nothing is expected"),
+                            ({"state_dict": {}}, "not a state dict")):
+        path = tmp_path / "vae.pt"
+        torch.save({key: torch.zeros(1).expand(value.shape) for key, value in state.items()} | change, path)
+        with pytest.raises(UserError) as error:
+            sample.VAE(path)
+        assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+def test_published_vaes_are_fetched_once_under_names_of_their_own(tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, path, sha256, progress):
+        calls.append((url, sha256))
+        write_safetensors(Path(path), {"a": torch.zeros(1)})
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for kind in ("ema", "mse", "mse"):
+        with pytest.raises(UserError, match="a is .1,. where nothing is expected"):  # read and compared
+            sample.VAE(kind)
+    url = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/diffusion_pytorch_model.safetensors"
+    assert calls == [(url.format("ema"), None), (
+        url.format("mse"), "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815")]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_published_vae_without_a_network_is_one_clear_line(tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError) as error:
+        sample.VAE("ema")
+    message = str(error.value)
+    assert "sd-vae-ft-ema.safetensors" in message and "--vae FILE" in message and "\n" not in message
+
+
+def test_safetensors_equal_torch_files(tmp_path):
+    state = {"f32": rn(1, 3, 5), "f64": rn(2, 4).double(), "f16": rn(3, 2, 2, 2).half(), "bf16": rn(4, 7).bfloat16(),
+             "i64": torch.arange(6).reshape(2, 3), "u8": torch.arange(5, dtype=torch.uint8), "none": torch.zeros(0, 3),
+             "scalar": torch.tensor(2.5), "bool": torch.tensor([True, False])}
+    torch.save(state, tmp_path / "a.bin")
+    write_safetensors(tmp_path / "a.safetensors", state)
+    for loaded in (sample.load_file(tmp_path / "a.safetensors"), sample.load_file(str(tmp_path / "a.bin"))):
+        assert loaded.keys() == state.keys()
+        for name, tensor in state.items():
+            assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+
+
+def test_safetensors_of_any_header_length_and_order(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entries = {"late": {"dtype": "F64", "shape": [2], "data_offsets": [4, 20]},
+               "early": {"data_offsets": [0, 4], "shape": [1, 1], "dtype": "F32"}}
+    data = np.float32(3).tobytes() + np.array([1.5, -2]).tobytes()
+    for spaces in range(8):  # tensors at any alignment
+        path.write_bytes(safetensors(json.dumps(entries).encode() + b" " * spaces, data))
+        loaded = sample.load_safetensors(path)
+        assert loaded["early"].tolist() == [[3]] and loaded["late"].tolist() == [1.5, -2]
+    before = path.read_bytes()
+    loaded["late"].zero_()
+    assert path.read_bytes() == before  # the mapping is private
+    path.write_bytes(safetensors({}, b""))
+    assert sample.load_safetensors(path) == {}
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def entry(**changes):
+    return {"a": F32 | changes}
+
+
+MALFORMED = [
+    # headers that are cut, too long, or no JSON object
+    b"", b"\x02\0\0\0", b"\xff" * 8 + b"{}", (2**40).to_bytes(8, "little") + b"{}",
+    (6).to_bytes(8, "little") + b"{}", safetensors(entry(), b"12345678")[:20], safetensors(b"", b""),
+    safetensors(b"[]", b""), safetensors(b"{", b""), safetensors(b"{} x", b""), safetensors(b'{"\xff": 1}', b""),
+    safetensors("{}".encode("utf-16-le"), b""), safetensors(b'{"a":' * 100_000, b""),
+    safetensors(b'{"a":' + b"[" * 100_000, b""), safetensors(b'{"a": ' + b"9" * 5000 + b"}", b""),
+    # entries without a valid dtype, shape and data_offsets
+    *(safetensors(entries, b"12345678") for entries in (
+        {"a": 1}, {"a": {"dtype": "F32", "shape": [2]}}, {"line\nbreak": 1}, {"\0" * 300: 1},
+        entry(dtype="F31"), entry(dtype=["F32"]), entry(shape=2), entry(shape=[-2]), entry(shape=[-1, -2]),
+        entry(shape=[2.0]), entry(shape=[True, 2]), entry(shape=["2"]), entry(shape=[2**70, 0]),
+        entry(data_offsets=[-8, 0]), entry(data_offsets=[0]), entry(data_offsets=[0, 8, 16]),
+        entry(data_offsets=[0, 2**63]), entry(data_offsets=[0.0, 8.0]), entry(data_offsets="08"))),
+    # sizes that contradict each other or the file
+    safetensors(entry(shape=[3]), b"12345678"), safetensors(entry(shape=[2**62, 2**62]), b"12345678"),
+    safetensors(entry(data_offsets=[0, 4]), b"1234"),
+    safetensors(entry(shape=[2**62, 2**62, 0], data_offsets=[0, 0]), b""),
+    safetensors(entry(data_offsets=[8, 0]), b"12345678"), safetensors(entry(), b"1234567"),
+    safetensors(entry(data_offsets=[1, 9]), b"123456789"), safetensors(entry() | {"b": F32}, b"12345678"),
+    safetensors(entry() | {"b": F32 | {"data_offsets": [4, 12]}}, b"123456789abc"),
+    safetensors(entry() | {"b": F32 | {"data_offsets": [12, 20]}}, b"1234567890" * 2),
+    safetensors(entry(), b"123456789")]
+
+
+def test_malformed_safetensors_are_one_line(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for content in MALFORMED:
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            sample.load_file(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: not a valid .safetensors file (")
+        assert "\n" not in message and len(message) < len(str(path)) + 300
+
+
+def test_torch_files_of_every_age_are_read_and_others_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    for zipped in (True, False):  # torch before 1.6 wrote no zip archives; some published files are that old
+        torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=zipped)
+        assert sample.load_file(path)["a"].tolist() == [1, 1, 1]
+    torch.save([torch.ones(3)], path)
+    whole = path.read_bytes()
+    for content in (whole, b"", b"not a file of torch's", whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            sample.load_file(path)
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        sample.load_file(tmp_path / "absent.safetensors")
+
+
+def test_latent_chain_from_images_to_pixels(photos, vae, tmp_path, monkeypatch, capsys):
+    """Cache through a VAE, train, sample, decode: the latents are the VAE's, and the samples its decoder's."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(vae.state_dict(), "vae.pt")
+    command = ["--images", str(photos / "images"), "--data", "cache", "--vae", "vae.pt", "--size", "32"]
+    train.main([*command, "--steps", "1", *TINY, "--model", "SiT-XS/2", "--out", "out", "--micro", "16"])
+    latents = np.load("cache/latents.npy")
+    assert latents.shape == (48, 2, 8, 4, 4) and latents.dtype == np.float16
+    file = sorted((photos / "images").glob("*/*.[jp]*"))[30]
+    pixels = np.array(train.center_crop(Image.open(file).convert("RGB"), 32))
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    for view, image in enumerate((x, x.flip(-1))):
+        close(latents[30, view].astype(np.float32), torch.cat(vae.encode(image), 1)[0], 1e-3)
+    assert Image.open("out/samples/0000001.png").size == (8 * 64, 2 * 64)  # enlarged twice
+    sample.main(["--ckpt", "out/ckpt.pt", "--n", "2", "--steps", "1", "--dtype", "fp32", "--out", "x.npz"])
+    assert np.load("x.npz")["arr_0"].shape == (2, 32, 32, 3)
+    line = fails(train.main, capsys, "--images", photos / "images", "--data", "other", "--vae", "vae.pt", "--size", 60)
+    assert line == "train: error: --size 60: the VAE needs a multiple of 8"

@@ -28,10 +28,10 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
-from sample import (Parser, Progress, Rows, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
-                    generate, list_images, load_file, load_weights, number, open_data, read_image, save_grid, start)
+from sample import (VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
+                    generate, list_images, load_file, load_weights, number, read_image, save_grid, start)
 
-DEMO = dict(model="SiT-XS/4", steps=1000, batch=64, lr=1e-3, ema=0.99, log_every=50, ckpt_every=250, sample_every=250)
+DEMO = dict(model="SiT-XS/4", epochs=13, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
 # what may differ when a run is resumed; the data is compared by content
 MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb", "resume",
@@ -44,7 +44,7 @@ def parse(argv):
     data.add_argument("--data", metavar="DIR", help="directory of cached latents or pixels")
     data.add_argument("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
     data.add_argument("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
-    data.add_argument("--vae", default="none", help="none: keep the pixels")
+    data.add_argument("--vae", help="ema, mse or a file: keep Stable Diffusion's latents (ema); none: keep the pixels")
     data.add_argument("--skip-bad", action="store_true", help="leave out unreadable images instead of stopping")
     data.add_argument("--cache-only", action="store_true", help="stop after caching")
     run = p.add_argument_group("training")
@@ -109,8 +109,8 @@ def demo_data(n=4000, size=16, oversample=8):
     images, labels = np.empty((n, 3, size, size), np.uint8), np.arange(n) % len(shapes)
     for image, label in zip(images, labels):
         name = list(shapes)[label]
-        radius = size * rng.uniform(0.30, 0.42)
-        centre = rng.uniform(1.05 * radius, size - 1.05 * radius, 2)
+        radius = size * rng.uniform(0.34, 0.42)
+        centre = size / 2 + size * rng.uniform(-0.06, 0.06, 2)
         color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0))
         canvas = Image.new("RGB", (size * oversample, size * oversample), background)
         draw = ImageDraw.Draw(canvas)
@@ -152,6 +152,53 @@ class CropFiles(torch.utils.data.Dataset):
         return row, torch.from_numpy(np.array(image).transpose(2, 0, 1)), ""
 
 
+class Rows:
+    """An array on disk that ranks fill row by row, and that an interrupted run continues.
+
+    It grows as PATH.part, with PATH.part.map (a byte a row, 1 when it is done) and PATH.part.json (what it is made of:
+    a continuation with other values is refused); `finish` turns it into PATH.
+    """
+
+    def __init__(self, path, shape, dtype, made_of, rank, world):
+        self.path, self.part = Path(path), Path(f"{path}.part")
+        self.notes = [Path(f"{self.part}.map"), Path(f"{self.part}.json")]
+        if rank == 0:
+            self._create(shape, dtype, made_of)
+        barrier()
+        self.rows = np.lib.format.open_memmap(self.part, mode="r+")
+        self.map = np.memmap(self.notes[0], np.uint8, "r+")
+        self.todo = np.array_split(np.flatnonzero(self.map == 0), world)[rank]
+        barrier()  # nobody writes before everybody has read the map
+
+    def _create(self, shape, dtype, made_of):
+        if self.notes[1].exists():
+            before = json.loads(self.notes[1].read_text())
+            differ = [name for name in made_of if made_of[name] != before.get(name)]
+            if differ:
+                raise UserError(f"{self.part} was begun with {differ[0]} {before.get(differ[0])}, not "
+                                f"{made_of[differ[0]]}: finish it so, or delete it")
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash on some later write
+            with open(self.part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
+        self.notes[0].write_bytes(bytes(shape[0]))
+        with atomic(self.notes[1]) as file:  # last: its presence says that the other two are complete
+            file.write(json.dumps(made_of).encode())
+
+    def write(self, indices, rows):
+        self.rows[indices] = rows
+        self.map[indices] = 1
+
+    def finish(self):
+        """On rank 0, once every rank is done."""
+        self.rows.flush()
+        os.replace(self.part, self.path)
+        for note in self.notes:
+            note.unlink()
+
+
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: latents.npy, labels.npy (-1: left out) and meta.json."""
     folder, target = Path(args.images), Path(args.data)
@@ -160,7 +207,7 @@ def cache_images(args, rank, world, device):
     files = [file for file in files if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders that hold images, found none")
-    made_of = dict(size=args.size, vae=args.vae, images=len(files),
+    made_of = dict(size=args.size, vae=args.vae or "ema", images=len(files),
                    names=zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode()))
     meta = dict(classes=names, **made_of)
     if (target / "latents.npy").exists():
@@ -170,14 +217,21 @@ def cache_images(args, rank, world, device):
             raise UserError(f"--data {target} holds a cache with {differ[0]} {before.get(differ[0])}, not "
                             f"{made_of[differ[0]]}: name another directory")
         return
-    rows = Rows(target / "latents.npy", (len(files), 3, args.size, args.size), np.uint8, made_of, rank, world)
+    if made_of["vae"] == "none":
+        vae, shape, dtype = None, (3, args.size, args.size), np.uint8
+    elif args.size % 8:
+        raise UserError(f"--size {args.size}: the VAE needs a multiple of 8")
+    else:
+        vae, shape, dtype = VAE(made_of["vae"]).to(device), (2, 8, args.size // 8, args.size // 8), np.float16
+    rows = Rows(target / "latents.npy", (len(files), *shape), dtype, made_of, rank, world)
     workers = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = torch.utils.data.DataLoader(CropFiles(files, rows.todo, args.size), batch_size=64, num_workers=workers)
     progress = Progress("caching", len(rows.todo), quiet=rank > 0)
     bad = []
     for index, pixels, errors in loader:
         good = np.array([not error for error in errors])
-        rows.write(index.numpy()[good], pixels.numpy()[good])
+        values = posteriors(vae, pixels.to(device)).cpu() if vae else pixels
+        rows.write(index.numpy()[good], values.numpy()[good])
         bad += [(row, error) for row, error in zip(index.tolist(), errors) if error]
         progress.update(len(index))
     bad = sorted(sum(gathered(bad, world), []))
@@ -199,12 +253,29 @@ def cache_images(args, rank, world, device):
     barrier()
 
 
+def posteriors(vae, pixels):
+    """uint8 images (B, 3, H, W) -> float16 mean and std of each and of its mirror, (B, 2, 8, H/8, W/8).
+
+    The latent of a mirror image is not the mirror of the latent.
+    """
+    x = pixels.float() / 127.5 - 1
+    return torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half()
+
+
 def gathered(value, world):
     """The value of every rank, in a list."""
     values = [value] * world
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def open_data(path):
+    """A memory-mapped .npy array that is never unpickled; UserError when it is missing, damaged or of objects."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({error})") from None
 
 
 class Data:
@@ -340,6 +411,7 @@ def train(args, data, rank, world, device):
     net = build_model(args.model, **model_config).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     objective = FlowMatching()
+    decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
     blocks = parse_blocks(args.disp_blocks, len(net.blocks)) if args.disp != "none" else []
     group = args.disp_group if blocks else 1
     micro = check_batch(args.batch, world, args.micro, group)
@@ -351,9 +423,10 @@ def train(args, data, rank, world, device):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
     floor = dispersive_floor(args.disp, group, args.disp_tau, args.disp_margin) if blocks else 0.0
 
-    config = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective="flow", classes=data.classes, vae=data.vae,
-                   data=f"{len(data)} entries {data.shape} {zlib.crc32(data.labels.tobytes()):08x}")
+    labels_hash = zlib.crc32(data.labels.tobytes() + "\n".join(data.classes).encode())
+    config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({labels_hash:08x})")
+    config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective="flow", classes=data.classes, vae=data.vae)
     out = Path(args.out)
     latest = out / "ckpt.pt"
     source = {"none": None, "auto": latest if latest.exists() else None}.get(args.resume, args.resume)
@@ -373,7 +446,7 @@ def train(args, data, rank, world, device):
         net.compile()
     model = net
     if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     weights = [p.detach() for p in net.parameters()]
     ema_weights = list(ema.parameters())
 
@@ -415,7 +488,8 @@ def train(args, data, rank, world, device):
         grid = out / "samples" / f"{step:07d}.png"
         kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
         labels = torch.from_numpy(kinds.repeat(8))
-        images = generate(ema, objective, data.shape, labels, range(len(labels)), args.seed, device, dtype, steps=50)
+        images = generate(ema, objective, data.shape, labels, range(len(labels)), args.seed, device, dtype, decode,
+                          steps=25)
         save_grid(images.numpy(), grid, columns=8)
 
         count = min(64, len(data))
@@ -430,7 +504,8 @@ def train(args, data, rank, world, device):
         record(step=step, block_distance=spread)
         say(f"step {step:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
 
-    sums, logged, begin, shown = torch.zeros(2, device=device), first, time.time(), time.time()
+    sums, logged = torch.zeros(2, device=device), first
+    started = shown = time.time()
     for step, images, labels in batches(data, first, steps, args.batch, mine, args.seed, device):
         def draw(kind, purpose, *shape):
             """This rank's slice of what is drawn for the whole global batch."""
@@ -443,10 +518,9 @@ def train(args, data, rank, world, device):
         noise = draw(torch.randn, "noise", *data.shape)
         done, is_log = step + 1, (step + 1) % args.log_every == 0 or step + 1 == steps
         distance = torch.zeros((), device=device)
-        for part in torch.arange(share).split(micro):
-            part = slice(int(part[0]), int(part[-1]) + 1)
-            last = part.stop == share
-            with contextlib.nullcontext() if last or model is net else model.no_sync():
+        for begin in range(0, share, micro):
+            part = slice(begin, begin + micro)
+            with contextlib.nullcontext() if part.stop == share or model is net else model.no_sync():
                 with autocast():
                     loss, activations = objective.loss(model, x[part], y[part], t[part], noise[part], blocks=blocks)
                 loss, disp = loss.mean(), loss.new_zeros(())
@@ -471,18 +545,20 @@ def train(args, data, rank, world, device):
                 values /= world
             loss, disp, distance = values.tolist()
             now = time.time()
-            rate, left = (done - logged) * args.batch / (now - shown), (steps - done) * (now - begin) / (done - first)
+            rate, left = (done - logged) * args.batch / (now - shown), (steps - done) * (now - started) / (done - first)
             sums.zero_()
             logged, shown = done, now
             extra = dict(disp=disp, floor=floor, distance=distance) if blocks else {}
-            record(step=done, loss=loss, **extra, images_per_second=rate, seconds=now - begin)
+            record(step=done, loss=loss, **extra, images_per_second=rate, seconds=now - started)
             say(f"step {done:,}/{steps:,}  loss {loss:.4f}"
                 + (f"  disp {disp:.3f} (floor {floor:.3f}, distance {distance:.3g})" if blocks else "")
                 + f"  {rate:,.1f} images/s  {clock(left)} left")
+        paused = time.time()
         if done % args.ckpt_every == 0 or done == steps:
             save(done)
         if done % args.sample_every == 0 or done == steps:
             picture(done)
+        shown += time.time() - paused  # images/s counts training alone
     if first >= steps:
         say(f"{source} is at step {first:,} already: nothing to train; more with --steps")
 
