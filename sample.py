@@ -29,8 +29,12 @@ from dispersive import MODELS, FlowMatching, build_model
 # Shared by the command lines
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend, said in one line."""
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,10 +60,10 @@ def command(main):
             line, code = f"{main.__module__.replace('__main__', Path(sys.argv[0]).stem)}: error: {error}", 2
         except KeyboardInterrupt:
             line, code = "interrupted", 130
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(5)  # torchrun stops every rank when the first one exits: let rank 0 speak
-        else:
-            print(" ".join(line.split()), file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(5 + rank)  # torchrun stops every rank when one exits: the lowest rank in trouble speaks
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
         sys.exit(code)
     return wrapped
 
@@ -68,10 +72,16 @@ def start(device=None):
     """Pick CUDA, else MPS, else CPU, and join torchrun's process group -> (rank, number of ranks, device)."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: no such device (cpu, cuda or mps)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine")
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if device.index is None:
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif device.type == "cpu" and local_world > 1:  # torchrun gives each rank one thread
         torch.set_num_threads(max(1, cpu_cores() // local_world))
@@ -178,8 +188,7 @@ def load_file(path):
     try:  # files from before torch 1.6 are no zip archives and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises whatever the damage causes
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+        raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
     return state
@@ -233,24 +242,37 @@ def load_weights(module, state, path, assign=False):
     module.load_state_dict(state, assign=assign)
 
 
+def refuse_other(begun, before, now):
+    """UserError, naming the flag, when what was begun with the values `before` would be continued with others."""
+    for name, value in json.loads(json.dumps(now)).items():
+        if before.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{begun} was begun with {flag} {before.get(name)}, not {value}: keep to that, or name "
+                            f"another place")
+
+
 def list_images(folder):
-    """Every image below a folder, sorted, by the file extensions that Pillow knows; hidden files are passed over."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    known = Image.registered_extensions()
-    return sorted(Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names
-                  if not name.startswith(".") and Path(name).suffix.lower() in known)
+    """Sorted paths of the images in a folder and below, by Pillow's file extensions; hidden ones are left out."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(root, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in known]
+    if not paths:
+        raise UserError(f"{folder}: no image files in this folder" if os.path.isdir(folder) else
+                        f"{folder}: no such folder")
+    return sorted(paths, key=str)
 
 
 def read_image(path):
-    """An image file as RGB; UserError when it is damaged, no image, or a decompression bomb."""
+    """One image file as RGB; UserError when it is damaged, no image, or a decompression bomb."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever the damage causes
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,22 +502,6 @@ def parse_classes(text, config):
     return labels
 
 
-def refuse_other(folder, made_of, rank):
-    """Note in a folder what its images are made of; UserError when it was begun with other values."""
-    note = folder / "made_of.json"
-    if rank == 0 and note.exists():
-        before = json.loads(note.read_text())
-        for name, value in json.loads(json.dumps(made_of)).items():
-            if before.get(name) != value:
-                raise UserError(f"{folder} was begun with {name} {before.get(name)}, not {value}: delete it, or name "
-                                f"another --out")
-    elif rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(note) as file:
-            file.write(json.dumps(made_of).encode())
-    barrier()
-
-
 def write_npz(path, files, labels):
     """An ADM-style archive of image files: arr_0 (N, H, W, 3) uint8, streamed image by image, and arr_1, the labels."""
     height, width, channels = np.asarray(Image.open(files[0])).shape
@@ -547,7 +553,16 @@ def main(argv=None):
     out = Path(args.out)
     folder = Path(f"{out}.part") if out.suffix == ".npz" else out
     weights = zlib.crc32(net.final_layer.linear.weight.cpu().numpy().tobytes())
-    refuse_other(folder, dict(options, seed=args.seed, classes=classes, dtype=dtype, weights=weights), rank)
+    made_of = dict(options, seed=args.seed, classes=classes, dtype=dtype, ckpt=weights)
+    note = folder / "made_of.json"
+    if note.exists():
+        refuse_other(folder, json.loads(note.read_text()), made_of)
+    barrier()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(note) as file:
+            file.write(json.dumps(made_of).encode())
+    barrier()
     files = [folder / f"{i:06d}.png" for i in range(args.n)]
     todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)

@@ -3,24 +3,31 @@
 Numbers marked "golden" were computed by the published implementations on the weights and inputs that `fill`, `rn` and
 `ru` reproduce.
 """
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import urllib.error
+import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.spatial
 import torch
 from PIL import Image
 
+import fid
 import sample
 import train
-from dispersive import (KINDS, MODELS, DiT, FlowMatching, build_model, contrastive_loss, dispersive_floor,
+from dispersive import (KINDS, DiT, FlowMatching, build_model, contrastive_loss, dispersive_floor,
                         dispersive_loss, mean_distance)
 from sample import UserError
 
@@ -43,7 +50,15 @@ def fill(module, prefix=""):
             continue
         random = np.random.RandomState(zlib.crc32((prefix + name).encode()))
         a = random.standard_normal(tuple(tensor.shape)).astype(np.float32)
-        tensor.copy_(torch.from_numpy(a / np.float32(math.sqrt(np.prod(a.shape[1:]))) if a.ndim > 1 else a * 0.1))
+        if name.endswith("running_var"):
+            a = np.abs(a) + 0.5
+        elif name.endswith("bn.weight"):
+            a = 1 + 0.1 * a
+        elif a.ndim > 1:
+            a = a / np.float32(math.sqrt(np.prod(a.shape[1:])))
+        else:
+            a = a * 0.1
+        tensor.copy_(torch.from_numpy(a))
     return module
 
 
@@ -539,16 +554,16 @@ def test_unreadable_images_stop_the_run_or_are_left_out(photos, tmp_path, capsys
 def test_interrupted_caching_continues(photos, tmp_path, monkeypatch):
     command = ["--images", str(photos / "images"), "--data", str(tmp_path), "--vae", "none", "--size", "16",
                "--cache-only"]
-    write, batches = sample.Rows.write, []
+    write, batches = train.Rows.write, []
 
     def stops_early(self, indices, rows):
         write(self, indices[:10], rows[:10])
         raise KeyboardInterrupt
-    monkeypatch.setattr(sample.Rows, "write", stops_early)
+    monkeypatch.setattr(train.Rows, "write", stops_early)
     with pytest.raises(SystemExit) as stop:
         train.main(command)
     assert stop.value.code == 130 and not (tmp_path / "latents.npy").exists()
-    monkeypatch.setattr(sample.Rows, "write", lambda self, i, rows: (batches.append(len(i)), write(self, i, rows)))
+    monkeypatch.setattr(train.Rows, "write", lambda self, i, rows: (batches.append(len(i)), write(self, i, rows)))
     train.main(command)
     assert sum(batches) == 38
     for name in ("latents.npy", "labels.npy", "meta.json"):
@@ -565,7 +580,7 @@ def test_caching_on_two_ranks_gives_the_same_bytes(photos, tmp_path):
 
 def test_a_cache_of_other_images_or_size_is_refused(photos, capsys):
     line = fails(train.main, capsys, "--images", photos / "images", "--data", photos / "cache", "--size", 8)
-    assert "size 16, not 8" in line
+    assert "was begun with --size 16, not 8" in line
 
 
 def test_every_epoch_reads_every_entry_once():
@@ -687,7 +702,7 @@ def test_resuming_with_another_config_is_refused(photos, trained, capsys):
     before = (trained / "ckpt.pt").read_bytes()
     for flag, value in (("--lr", "2e-3"), ("--seed", 1), ("--disp", "hinge"), ("--model", "SiT-XS/4"), ("--batch", 48)):
         line = fails(train.main, capsys, *base, "--steps", 8, flag, value)
-        assert line.startswith(f"train: error: {flag} is {value if flag != '--lr' else 0.002}")
+        assert f"ckpt.pt was begun with {flag} " in line and f"not {value if flag != '--lr' else 0.002}: " in line
     assert (trained / "ckpt.pt").read_bytes() == before
 
 
@@ -793,7 +808,7 @@ def test_interrupted_sampling_continues_with_the_same_flags_only(trained, tmp_pa
     with pytest.raises(SystemExit):
         sample.main([*base, "--out", str(tmp_path / "x.npz")])
     capsys.readouterr()
-    assert "begun with seed 0, not 1" in fails(sample.main, capsys, *base, "--out", tmp_path / "x.npz", "--seed", 1)
+    assert "begun with --seed 0, not 1" in fails(sample.main, capsys, *base, "--out", tmp_path / "x.npz", "--seed", 1)
     sample.main([*base, "--out", str(tmp_path / "x.npz")])
     assert [list(c) for c in calls] == [[0, 1], [2, 3], [2, 3], [4, 5]]
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
@@ -1252,5 +1267,467 @@ def test_latent_chain_from_images_to_pixels(photos, vae, tmp_path, monkeypatch, 
     assert Image.open("out/samples/0000001.png").size == (8 * 64, 2 * 64)  # enlarged twice
     sample.main(["--ckpt", "out/ckpt.pt", "--n", "2", "--steps", "1", "--dtype", "fp32", "--out", "x.npz"])
     assert np.load("x.npz")["arr_0"].shape == (2, 32, 32, 3)
+    capsys.readouterr()
     line = fails(train.main, capsys, "--images", photos / "images", "--data", "other", "--vae", "vae.pt", "--size", 60)
     assert line == "train: error: --size 60: the VAE needs a multiple of 8"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return fill(fid.Inception())
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Two sets of 14 and 9 smooth images, 24 high and 20 wide: nested folders of several formats, and archives."""
+    root = tmp_path_factory.mktemp("sides")
+    for name, count in (("a", 14), ("b", 9)):
+        noise = np.random.RandomState(count).randint(0, 256, (count, 5, 4, 3)).astype(np.uint8)
+        images = np.stack([np.asarray(Image.fromarray(image).resize((20, 24), Image.BICUBIC)) for image in noise])
+        np.savez(root / f"{name}.npz", images)
+        for i, image in enumerate(images):
+            path = root / name / f"{i % 3}" / f"{i:03d}{('.png', '.BMP', '.webp')[i % 3]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path, **({"lossless": True} if i % 3 == 2 else {}))
+        (root / name / ".hidden.png").write_text("no image")
+        (root / name / "notes.txt").write_text("no image")
+    return root
+
+
+inception_of = functools.cache(fid.Inception)
+
+
+def run_fid(*args):
+    """Run main in this process, its networks made once."""
+    with mock.patch.object(fid, "Inception", inception_of):
+        fid.main(["--weights", "random", "--device", "cpu", "--batch", "4", *map(str, args)])
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+GOLDEN_FEATURES = {  # of golden/inception.npz (the published network, reproducible weights): part of the first image's
+    "pool32": (slice(1, None, 400), [0.18013462, 0, 0.108957, 0.01511516, 0.08196568, 0]),
+    "spatial32": (slice(0, None, 400), [0.14335807, 0, 0, 0.01928014, 0, 0.03683205]),
+    "logits_unbiased32": (slice(0, None, 200),
+                          [0.08772594, 0.27910304, -0.04730734, -0.00238647, -0.09473391, -0.224189])}
+
+
+def golden_images():
+    return torch.from_numpy(np.random.RandomState(31).randint(0, 256, (4, 3, 32, 32)).astype(np.uint8))
+
+
+def test_inception_matches_the_published_network(inception):
+    outputs = dict(zip(("pool32", "spatial32", "logits_unbiased32"), inception(golden_images())))
+    for name, (part, expected) in GOLDEN_FEATURES.items():
+        np.testing.assert_allclose(outputs[name][0, part], expected, rtol=1e-4, atol=1e-6)
+    if not GOLDEN.exists():
+        pytest.skip("the whole vectors are not here; the numbers above passed")
+    with np.load(GOLDEN / "inception.npz") as golden:
+        for name, output in outputs.items():
+            assert output.shape == golden[name].shape
+            assert np.abs(output.numpy() - golden[name]).max() < 1e-5 * np.abs(golden[name]).max()
+
+
+def test_inception_keys(inception):
+    shapes = {name: list(tensor.shape) for name, tensor in inception.state_dict().items()}
+    assert len(shapes) == 566 and sum(map(math.prod, shapes.values())) == 23_885_486
+    if GOLDEN.exists():
+        assert shapes == json.loads((GOLDEN / "inception_keys.json").read_text())
+
+
+def resize_slowly(image, size):
+    """TF1's ResizeBilinear (align_corners and half_pixel_centers false), pixel by pixel in float64."""
+    height, width = image.shape
+    out = np.empty((size, size))
+    for i in range(size):
+        for j in range(size):
+            y, x = i * height / size, j * width / size
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
+            lower = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * (x - left)
+            out[i, j] = upper + (lower - upper) * (y - top)
+    return out
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (7, 50), (299, 299), (64, 400), (1, 2)])
+def test_resize_is_tensorflow_1(height, width):
+    image = np.random.RandomState(0).randint(0, 256, (1, 1, height, width)).astype(np.uint8)
+    resized = fid.resize_tf1(torch.from_numpy(image))[0, 0].numpy()
+    np.testing.assert_allclose(resized, resize_slowly(image[0, 0].astype(float), 299), atol=0.02)
+    if height == width == 299:
+        assert np.array_equal(resized, image[0, 0])
+
+
+def test_inception_accepts_any_size_and_layout(inception):
+    images = torch.from_numpy(np.random.RandomState(1).randint(0, 256, (2, 30, 41, 3)).astype(np.uint8))
+    from_nhwc = inception(images.permute(0, 3, 1, 2))
+    assert [tuple(output.shape) for output in from_nhwc] == [(2, 2048), (2, 2023), (2, 1008)]
+    for a, b in zip(from_nhwc, inception(images.permute(0, 3, 1, 2).contiguous())):
+        assert torch.equal(a, b)
+    for bad in (images.permute(0, 3, 1, 2).float(), images):
+        with pytest.raises(ValueError, match="expected uint8"):
+            inception(bad)
+
+
+def test_loaded_weights_take_effect_after_a_forward(inception, tmp_path):
+    state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}
+    images, expected = golden_images()[:1], inception(golden_images()[:1])
+    for legacy in (True, False):  # the published file has PyTorch's format from before 1.6
+        torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=not legacy)
+        for a, b in zip(fid.Inception(tmp_path / "inception.pth")(images), expected):
+            assert torch.equal(a, b)
+    network = fid.Inception()
+    assert not torch.allclose(network(images)[0], expected[0], rtol=0.1)
+    network.load_state_dict(inception.state_dict())
+    assert torch.equal(network(images)[0], expected[0])
+    network.Mixed_7c.branch1x1.bn.running_mean.add_(1)
+    assert not torch.equal(network(images)[0], expected[0])
+    torch.save({**state, "fc.bias": torch.zeros(3)}, tmp_path / "inception.pth")
+    with pytest.raises(UserError, match=r"fc.bias is \(3,\) where \(1008,\) is expected"):
+        fid.Inception(tmp_path / "inception.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds a list"):
+        sample.load_file(tmp_path / "list.pth")
+
+
+def test_random_inception_is_reproducible_and_draws_nothing_global():
+    torch.manual_seed(1)
+    first = inception_of("random").state_dict()
+    torch.manual_seed(2)
+    second = fid.Inception("random").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    pool, spatial, logits = inception_of("random")(golden_images())
+    assert all(0.01 < x.std() < 10 and (x[0] - x[1]).abs().max() > 0 for x in (pool, spatial, logits))
+
+
+def test_inception_is_in_full_precision_whatever_the_caller_does(inception):
+    seen = []
+    hook = inception.Mixed_6d.register_forward_pre_hook(lambda *_: seen.append(
+        (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)))
+    before, expected = torch.backends.cuda.matmul.fp32_precision, inception(golden_images()[:1])
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = inception(golden_images()[:1])
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+        hook.remove()
+    assert seen == 2 * [("ieee", "ieee")]
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(outputs, expected))
+
+
+def gaussian(seed, n, count, scale=1.0):
+    rng = np.random.RandomState(seed)
+    x = rng.standard_normal((count, n)) @ rng.standard_normal((n, n))
+    return scale * x.mean(0), scale**2 * np.cov(x, rowvar=False)
+
+
+@pytest.mark.parametrize("count1, count2", [(500, 500), (500, 11), (11, 500), (11, 17)])
+def test_frechet_distance_is_the_matrix_root_one(count1, count2):
+    (mu1, sigma1), (mu2, sigma2) = gaussian(0, 24, count1), gaussian(5, 24, count2)
+    root1 = scipy.linalg.sqrtm(sigma1 + 0j)
+    root = scipy.linalg.sqrtm(root1 @ sigma2 @ root1 + 1e-13 * np.eye(24))
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root).real
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
+    assert fid.frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_in_closed_form():
+    a, b = np.random.RandomState(0).rand(2, 30) * np.logspace(0, -9, 30)  # eigenvalues over nine decades
+    turn = np.linalg.qr(np.random.RandomState(1).standard_normal((30, 30)))[0]
+    distance = fid.frechet_distance(np.zeros(30), turn * a @ turn.T, np.ones(30), turn * b @ turn.T)
+    assert distance == pytest.approx(30 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-10)
+    assert fid.frechet_distance([0.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(9 + 1)
+    zero = np.zeros((3, 3))
+    assert fid.frechet_distance(np.zeros(3), zero, np.ones(3), zero) == 3
+    assert fid.frechet_distance(np.zeros(3), zero, np.zeros(3), np.eye(3)) == pytest.approx(3)
+    assert np.isnan(fid.frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3)))
+
+
+@pytest.mark.parametrize("count", [2, 10, 40, 1000])
+@pytest.mark.parametrize("decades", [0, 4, 8])
+def test_frechet_distance_of_identical_sets_is_zero(count, decades):
+    x = np.random.RandomState(count).standard_normal((count, 40)) * np.logspace(0, -decades, 40) * 30
+    mu, sigma = x.mean(0), np.cov(x, rowvar=False)
+    assert 0 <= fid.frechet_distance(mu, sigma, mu, sigma) < 1e-9 * np.trace(sigma)
+
+
+def test_frechet_distance_refuses_other_shapes():
+    with pytest.raises(ValueError, match="do not fit together"):
+        fid.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+    with pytest.raises(ValueError, match="do not fit together"):
+        fid.frechet_distance(np.zeros(3), np.eye(4), np.zeros(3), np.eye(3))
+
+
+def test_streamed_moments_are_the_whole_ones():
+    x = np.random.RandomState(0).standard_normal((101, 13)) * 0.1 + 50  # an offset 500 times the spread
+    sums = torch.zeros(14, 14, dtype=torch.float64)
+    for part in np.split(x, [1, 8, 64, 100]):
+        fid.add_moments(sums, torch.from_numpy(part))
+    mean, covariance = fid.mean_and_covariance(sums)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-7, atol=1e-9)
+
+
+def score_slowly(logits, split):
+    scores = []
+    for i in range(0, len(logits), split):
+        p = np.exp(logits[i:i + split] - logits[i:i + split].max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        marginal = p.mean(0)
+        divergence = sum(p[j, c] * math.log(p[j, c] / marginal[c]) for j, c in np.ndindex(p.shape) if p[j, c] > 0)
+        scores.append(math.exp(divergence / len(p)))
+    return np.mean(scores), np.std(scores)
+
+
+@pytest.mark.parametrize("count, split", [(40, 10), (43, 10), (7, 10), (10, 1)])
+def test_inception_score(count, split):
+    logits = np.random.RandomState(count).standard_normal((count, 12)) * 3 + 1000  # the offset overflows a plain exp
+    assert fid.inception_score(logits, split) == pytest.approx(score_slowly(logits, split), rel=1e-9, abs=1e-12)
+    sums = torch.zeros(math.ceil(count / split), 14, dtype=torch.float64)
+    for first in range(0, count, 3):
+        fid.add_scores(sums, torch.from_numpy(logits[first:first + 3]), first, split)
+    assert fid.score_mean_and_spread(sums) == pytest.approx(fid.inception_score(logits, split), rel=1e-12, abs=1e-12)
+
+
+def test_inception_score_limits():
+    sure = np.eye(10) * 1e4
+    assert fid.inception_score(sure) == pytest.approx((10, 0))  # as many as there are classes
+    assert fid.inception_score(sure[:1].repeat(5, 0)) == pytest.approx((1, 0))  # classes of probability 0
+    assert fid.inception_score(np.ones((10, 10))) == pytest.approx((1, 0))
+    assert fid.inception_score(np.concatenate([sure, np.ones((2, 10))]), split=10) == pytest.approx((5.5, 4.5))
+
+
+def inside_slowly(points, centres, k):
+    """Share of the points inside the ball of any centre up to its k-th neighbour among the centres."""
+    count = 0
+    for point in points:
+        for i, centre in enumerate(centres):
+            radius = sorted(((centre - other) ** 2).sum() for j, other in enumerate(centres) if j != i)[k - 1]
+            if ((point - centre) ** 2).sum() <= radius:
+                count += 1
+                break
+    return count / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_precision_and_recall(k, dtype):
+    rng = np.random.RandomState(k)
+    real, fake = rng.standard_normal((40, 5)), 0.9 * rng.standard_normal((31, 5)) + 1.1
+    expected = inside_slowly(fake, real, k), inside_slowly(real, fake, k)
+    assert 0.2 < min(expected) and max(expected) < 1 and expected[0] != expected[1]
+    assert fid.precision_recall(real.astype(dtype), fake.astype(dtype), k) == expected
+    offset = 300  # its square swamps the distances in float32
+    assert fid.precision_recall((real + offset).astype(dtype), (fake + offset).astype(dtype), k) == expected
+
+
+def test_precision_and_recall_by_blocks():
+    rng = np.random.RandomState(0)
+    real, fake = rng.standard_normal((7000, 3)), rng.standard_normal((6001, 3)) * 2  # two blocks of 4,793 rows at most
+    radii = [np.partition(scipy.spatial.distance.cdist(x, x, "sqeuclidean"), 3)[:, 3] for x in (real, fake)]
+    distances = scipy.spatial.distance.cdist(fake, real, "sqeuclidean")
+    expected = (distances <= radii[0]).any(1).mean(), (distances <= radii[1][:, None]).any(0).mean()
+    assert fid.precision_recall(real, fake) == expected
+
+
+def test_precision_and_recall_at_the_limits():
+    x = np.random.RandomState(0).standard_normal((20, 4)).astype(np.float32)
+    assert fid.precision_recall(x, x) == (1, 1)
+    assert fid.precision_recall(x, x + 100) == (0, 0)
+    assert fid.precision_recall(np.repeat(x, 5, 0), np.repeat(x, 5, 0)) == (1, 1)  # every radius is zero
+    assert fid.precision_recall(np.repeat(x, 5, 0), x + 1e-2) == (0, 1)
+    assert fid.precision_recall(np.ones((9, 4)) * 0.1, np.ones((7, 4)) * 0.1) == (1, 1)  # constant images
+    copies = np.random.RandomState(1).rand(60, 2048).astype(np.float32)
+    assert fid.precision_recall(np.repeat(copies, 5, 0), np.repeat(copies[7:], 4, 0)) == (1, 53 / 60)
+    rng = np.random.RandomState(0)
+    real, fake = rng.randint(0, 3, (90, 9)), rng.randint(0, 3, (70, 9))  # many ties, broken by rounding after the shift
+    expected = inside_slowly(fake, real, 3), inside_slowly(real, fake, 3)
+    assert min(expected) < 1
+    for dtype in (np.float32, np.float64):
+        assert fid.precision_recall((real + 0.1).astype(dtype), (fake + 0.1).astype(dtype)) == expected
+    grid = np.stack(np.meshgrid(range(4), range(4)), -1).reshape(-1, 2) + 0.1
+    assert fid.precision_recall(grid, grid + [0, 1], k=1) == (1, 1)  # all ties: every distance is a radius
+    with pytest.raises(ValueError, match="more than 3 rows"):
+        fid.precision_recall(x[:3], x)
+    with pytest.raises(ValueError, match="equal width"):
+        fid.precision_recall(x, x[:, :3])
+
+
+def test_command_line_on_folders_archives_and_statistics(sides, tmp_path, capsys):
+    run_fid(sides / "a", sides / "b", "--save", tmp_path / "stats.npz")
+    captured = capsys.readouterr()
+    folders = json.loads(captured.out.splitlines()[-1])
+    assert "NOT an FID" in captured.out and "14 images" in captured.err and "compare only at equal" in captured.err
+    assert list(folders) == ["FID", "sFID", "IS", "IS spread", "precision", "recall"]
+    with np.load(sides / "a.npz") as a, np.load(sides / "b.npz") as b:  # by the library, in one piece
+        order = [np.argsort([i % 3 for i in range(len(x))], kind="stable") for x in (a["arr_0"], b["arr_0"])]
+        images = [torch.from_numpy(x["arr_0"][i]).permute(0, 3, 1, 2) for x, i in zip((a, b), order)]
+    (pool1, spatial1, logits), (pool2, spatial2, _) = map(inception_of("random"), images)
+    pools, spatials = [x.double().numpy() for x in (pool1, pool2)], [x.double().numpy() for x in (spatial1, spatial2)]
+    statistics = [(x.mean(0), np.cov(x, rowvar=False)) for x in (*pools, *spatials)]
+    assert folders["FID"] == pytest.approx(fid.frechet_distance(*statistics[0], *statistics[1]), rel=1e-5)
+    assert folders["sFID"] == pytest.approx(fid.frechet_distance(*statistics[2], *statistics[3]), rel=1e-5)
+    assert folders["IS"] == pytest.approx(fid.inception_score(logits.double().numpy())[0], rel=1e-6)
+    assert (folders["precision"], folders["recall"]) == fid.precision_recall(pools[1], pools[0])
+
+    run_fid(sides / "a.npz", tmp_path / "stats.npz")
+    captured = capsys.readouterr()
+    saved = json.loads(captured.out.splitlines()[-1])
+    assert all(saved[name] == pytest.approx(folders[name], rel=1e-5) for name in ("FID", "sFID", "IS"))
+    assert saved["precision"] is None and "precision        n/a: both sides need 4" in captured.out
+
+    # archives like ADM's: statistics win over images for FID, a missing pair is computed, images serve the rest
+    with np.load(tmp_path / "stats.npz") as stats, np.load(sides / "b.npz") as b:
+        np.savez_compressed(tmp_path / "both.npz", arr_0=b["arr_0"], mu=stats["mu"] + 1, sigma=stats["sigma"])
+        np.savez(tmp_path / "mu.npz", mu=stats["mu"], sigma=stats["sigma"])
+    run_fid(sides / "a.npz", tmp_path / "both.npz")
+    both = last_line(capsys)
+    assert both["FID"] > 1000 and both["sFID"] == pytest.approx(folders["sFID"], rel=1e-5)
+    assert both["precision"] == folders["precision"]
+    run_fid(tmp_path / "mu.npz", tmp_path / "both.npz")
+    captured = capsys.readouterr()
+    only = json.loads(captured.out.splitlines()[-1])
+    assert only["FID"] == pytest.approx(2048, rel=1e-9) and only["sFID"] is only["IS"] is only["recall"] is None
+    assert re.search(r"sFID +n/a: .*mu.npz holds neither images nor mu_s and sigma_s", captured.out)
+    assert re.search(r"IS +n/a: .*mu.npz holds no images", captured.out)
+
+
+def test_two_ranks_give_the_result_of_one(sides, capsys):
+    run_fid(sides / "a", sides / "b.npz")
+    one = last_line(capsys)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--weights", "random", "--device", "cpu", "--batch", "4"]
+    done = subprocess.run([*launch, fid.__file__, sides / "a", sides / "b.npz", *flags], timeout=300,
+                          capture_output=True, text=True, cwd=Path(fid.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout.splitlines()[-1])
+    assert two == pytest.approx(one, rel=1e-6)
+    assert done.stdout.count("NOT an FID") == 1
+
+
+def failing(capsys, *args):
+    """The one line on stderr with which the command refuses its input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_fid(*args)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "images" not in line or "error:" in line]  # no progress
+    assert stopped.value.code == 2 and len(lines) == 1 and not captured.out, captured.err
+    return lines[0]
+
+
+def archive_of(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+
+
+def npy_header(shape, descr="|u1", order=False):
+    text = repr({"descr": descr, "fortran_order": order, "shape": shape}).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def test_bad_archives_are_one_line_each(sides, tmp_path, capsys):
+    good, bad = sides / "b.npz", tmp_path / "bad.npz"
+    pixels = bytes(2 * 4 * 4 * 3)
+    whole = good.read_bytes()
+
+    def refuses(expected):
+        line = failing(capsys, bad, good)
+        assert re.search(expected, line) and str(bad) in line
+
+    refuses("there is no folder and no whole .npz")
+    bad.write_bytes(whole[:len(whole) // 2])
+    refuses("there is no folder and no whole .npz")
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 255  # met by the reader: the checksum is wrong
+    bad.write_bytes(damaged)
+    refuses("arr_0 cannot be read .*CRC")
+    for shape in ((10**12, 256, 256, 3), (3, 4, 4, 3), (1, 4, 4, 3)):
+        archive_of(bad, arr_0=npy_header(shape) + pixels)
+        refuses("claims to be uint8 .* but holds 96 bytes")
+    archive_of(bad, arr_0=b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((" + pixels)
+    refuses("arr_0 cannot be read")
+    for array in (np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4), np.uint8),
+                  np.zeros((0, 4, 4, 3), np.uint8), np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))):
+        np.savez(bad, array)
+        refuses("arr_0 is .* expected uint8 images")
+    np.savez(bad, np.array([print, 1], dtype=object))  # never unpickled
+    refuses("arr_0 claims to be object")
+    np.savez(bad, np.zeros((1, 4, 4, 3), np.uint8))
+    refuses("neither two images nor mu and sigma")
+    np.savez(bad, images=np.zeros((2, 4, 4, 3), np.uint8))
+    refuses("neither two images nor mu and sigma, but images")
+    nan = np.full(5, np.nan)
+    for mu, sigma in ((nan, np.eye(5)), (np.zeros(5), nan * np.eye(5)), (np.zeros((1, 5)), np.eye(5)),
+                      (np.zeros(5, int), np.eye(5)), (np.zeros(5), np.zeros(5))):
+        np.savez(bad, mu=mu, sigma=sigma)
+        refuses(r"should be [12]-D floats")
+    archive_of(bad, mu=npy_header((10**9,), "<f8"), sigma=npy_header((10**9, 10**9), "<f8"))
+    refuses("mu claims to be float64")
+    np.savez(bad, mu=np.zeros(5), sigma=np.eye(5))
+    assert "statistics do not fit together: (5,) (5, 5), (2048,)" in failing(capsys, bad, good)
+    np.savez(bad, mu=np.zeros(5), sigma=np.eye(4))
+    assert "statistics do not fit together: (5,) (4, 4)" in failing(capsys, bad, bad)
+
+
+def test_bad_folders_and_flags_are_one_line_each(sides, tmp_path, capsys):
+    good, folder = sides / "b.npz", tmp_path / "folder"
+    folder.mkdir()
+    assert "no image files" in failing(capsys, folder, good)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(folder / name)
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 5, 3)).astype(np.uint8)).save(folder / "c.png")
+    (folder / "c.png").write_bytes((folder / "c.png").read_bytes()[:90])
+    assert re.search(r"folder/c.png: not a readable image", failing(capsys, folder, good))
+    (folder / "c.png").write_text("words")
+    assert re.search(r"folder/c.png: not a readable image \(cannot identify", failing(capsys, folder, good))
+    Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(folder / "c.png")
+    assert re.search(r"c.png: \(6, 5\) pixels, but \(5, 6\) in .*a.png", failing(capsys, folder, good))
+    assert "--batch" in failing(capsys, good, good, "--batch", "0")
+    assert "no such device" in failing(capsys, good, good, "--device", "abacus")
+    assert "no such file" in failing(capsys, good, good, "--weights", tmp_path / "none.pth")
+
+
+def test_missing_weights_without_a_network(sides, tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit):
+        fid.main([str(sides / "a"), str(sides / "b"), "--device", "cpu"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    for part in ("cannot download https://", "no route to host", str(tmp_path / "checkpoints" / "pt_inc"), "--weights"):
+        assert part in line
+
+
+def test_images_of_any_format(tmp_path):
+    array = np.random.RandomState(0).randint(0, 256, (6, 5, 4)).astype(np.uint8)
+    rgba = Image.fromarray(array, "RGBA")
+    for name, image in (("rgba.png", rgba), ("gray.png", rgba.convert("L")), ("palette.gif", rgba.convert("P")),
+                        ("sub/cmyk.jpg", rgba.convert("RGB").convert("CMYK")), ("sub/plain.tiff", rgba.convert("RGB"))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.save(tmp_path / name)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "old.png").write_text("")
+    paths = sample.list_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in paths] == sorted(
+        ["gray.png", "palette.gif", "rgba.png", os.path.join("sub", "cmyk.jpg"), os.path.join("sub", "plain.tiff")])
+    assert all(sample.read_image(path).mode == "RGB" and sample.read_image(path).size == (5, 6) for path in paths)
+    assert np.array_equal(np.asarray(sample.read_image(tmp_path / "rgba.png")), array[..., :3])
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(UserError, match="bomb.png: not a readable image .*decompression bomb"):
+        sample.read_image(tmp_path / "bomb.png")

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
 from sample import (VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
-                    generate, list_images, load_file, load_weights, number, read_image, save_grid, start)
+                    generate, list_images, load_file, load_weights, number, read_image, refuse_other, save_grid, start)
 
 DEMO = dict(model="SiT-XS/4", epochs=13, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
@@ -85,43 +85,30 @@ def parse(argv):
 # Data: a demo that is drawn, a folder of images that is cached, and the arrays that training reads
 
 
-def demo_shapes():
-    """Ten outlines on [-1, 1]^2, each its own mirror image, so that horizontal flips keep the class."""
-    def star(points, inner):
-        angles = math.pi * np.arange(2 * points) / points
-        return np.stack([np.sin(angles), -np.cos(angles)], 1) * np.where(np.arange(2 * points) % 2, inner, 1)[:, None]
-    round_ = star(32, 1)
-    a = np.linspace(0, 2 * math.pi, 64, endpoint=False)
-    heart = np.stack([16 * np.sin(a) ** 3,
-                      -13 * np.cos(a) + 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a)], 1) / 17
-    plus = np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1),
-                     (-1, -1)]) / 3
-    return {"disc": round_, "ring": round_, "square": np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]),
-            "triangle": np.array([(0, -1), (1, .8), (-1, .8)]),
-            "diamond": np.array([(0, -1.1), (.75, 0), (0, 1.1), (-.75, 0)]),
-            "plus": plus, "cross": plus @ [[.71, .71], [-.71, .71]], "star": 1.1 * star(5, .4), "heart": heart,
-            "arrow": np.array([(0, -1), (.95, 0), (.4, 0), (.4, 1), (-.4, 1), (-.4, 0), (-.95, 0)])}
+# the demo's classes: points and inner radius of a star, turns, and the size of a hole; each is its own mirror image, so
+# that horizontal flips keep the class
+SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0), "frame": (2, 1, 1 / 8, 0.5),
+          "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0), "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0),
+          "spark": (4, 0.35, 0, 0), "cross": (4, 0.35, 1 / 8, 0)}
 
 
 def demo_data(n=4000, size=16, oversample=8):
     """The demo's images (n, 3, size, size) uint8 and labels (n,): shapes of any colour, in varied sizes and places."""
-    rng, shapes, background = np.random.default_rng(0), demo_shapes(), (16, 18, 32)
-    images, labels = np.empty((n, 3, size, size), np.uint8), np.arange(n) % len(shapes)
+    rng, background = np.random.default_rng(0), (16, 18, 32)
+    images, labels = np.empty((n, 3, size, size), np.uint8), np.arange(n) % len(SHAPES)
     for image, label in zip(images, labels):
-        name = list(shapes)[label]
-        radius = size * rng.uniform(0.34, 0.42)
-        centre = size / 2 + size * rng.uniform(-0.06, 0.06, 2)
-        color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0))
+        points, inner, turns, hole = list(SHAPES.values())[label]
+        angles = math.pi * np.arange(2 * points) / points + 2 * math.pi * turns
+        radius = oversample * size * rng.uniform(0.36, 0.44) * np.resize([1, inner], 2 * points)
+        outline = np.stack([radius * np.sin(angles), -radius * np.cos(angles)], 1)
+        centre = oversample * size * rng.uniform(0.45, 0.55, 2)
+        color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0)
         canvas = Image.new("RGB", (size * oversample, size * oversample), background)
         draw = ImageDraw.Draw(canvas)
-
-        def fill(scale, color):
-            draw.polygon([tuple(point) for point in oversample * (centre + scale * radius * shapes[name])], fill=color)
-        fill(1.0, color)
-        if name == "ring":
-            fill(0.5, background)
+        draw.polygon([tuple(point) for point in centre + outline], fill=tuple(int(255 * c) for c in color))
+        draw.polygon([tuple(point) for point in centre + hole * outline], fill=background if hole else None)
         image[:] = np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
-    return images, labels, list(shapes)
+    return images, labels, list(SHAPES)
 
 
 def center_crop(image, size):
@@ -163,7 +150,10 @@ class Rows:
         self.path, self.part = Path(path), Path(f"{path}.part")
         self.notes = [Path(f"{self.part}.map"), Path(f"{self.part}.json")]
         if rank == 0:
-            self._create(shape, dtype, made_of)
+            if self.notes[1].exists():
+                refuse_other(self.part, json.loads(self.notes[1].read_text()), made_of)
+            else:
+                self._create(shape, dtype, made_of)
         barrier()
         self.rows = np.lib.format.open_memmap(self.part, mode="r+")
         self.map = np.memmap(self.notes[0], np.uint8, "r+")
@@ -171,13 +161,6 @@ class Rows:
         barrier()  # nobody writes before everybody has read the map
 
     def _create(self, shape, dtype, made_of):
-        if self.notes[1].exists():
-            before = json.loads(self.notes[1].read_text())
-            differ = [name for name in made_of if made_of[name] != before.get(name)]
-            if differ:
-                raise UserError(f"{self.part} was begun with {differ[0]} {before.get(differ[0])}, not "
-                                f"{made_of[differ[0]]}: finish it so, or delete it")
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash on some later write
@@ -207,15 +190,11 @@ def cache_images(args, rank, world, device):
     files = [file for file in files if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders that hold images, found none")
-    made_of = dict(size=args.size, vae=args.vae or "ema", images=len(files),
-                   names=zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode()))
+    listing = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
+    made_of = dict(size=args.size, vae=args.vae or "ema", images=f"{len(files)} files ({listing:08x})")
     meta = dict(classes=names, **made_of)
     if (target / "latents.npy").exists():
-        before = json.loads((target / "meta.json").read_text())
-        differ = [key for key in made_of if made_of[key] != before.get(key)]
-        if differ:
-            raise UserError(f"--data {target} holds a cache with {differ[0]} {before.get(differ[0])}, not "
-                            f"{made_of[differ[0]]}: name another directory")
+        refuse_other(f"--data {target}", json.loads((target / "meta.json").read_text()), made_of)
         return
     if made_of["vae"] == "none":
         vae, shape, dtype = None, (3, args.size, args.size), np.uint8
@@ -395,11 +374,7 @@ def load_checkpoint(path, config):
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "step", "config"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
-    for name, value in config.items():
-        before = checkpoint["config"].get(name)
-        if before != value:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but {path} was trained with {before}: "
-                            f"use that, another --out, or --resume none")
+    refuse_other(path, checkpoint["config"], config)
     return checkpoint
 
 
