@@ -463,6 +463,11 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
         return to_uint8(x if decode is None else decode(x)).cpu()
 
 
+def weights_in(checkpoint):
+    """The EMA of a checkpoint of train.py; the state dict of a published file, bare or under "ema" or "model"."""
+    return checkpoint.get("ema", checkpoint.get("model", checkpoint))
+
+
 def load_model(path, name=None):
     """Checkpoint file -> (model with the EMA weights on the CPU, its config).
 
@@ -470,7 +475,7 @@ def load_model(path, name=None):
     one under "ema" or "model"), for which `name` says which of the MODELS it is; its sizes are read off the tensors.
     """
     checkpoint = load_file(path)
-    state = checkpoint.get("ema", checkpoint.get("model", checkpoint))
+    state = weights_in(checkpoint)
     config = checkpoint.get("config", dict(model=name, classes=None, vae=None))
     name = config["model"]
     if name is None:

@@ -844,6 +844,23 @@ def test_published_files_load_as_they_come(trained, tmp_path, capsys):
         sample.load_model(tmp_path / "published.pt", "SiT-S/8")
 
 
+def test_training_starts_from_given_weights(photos, trained, tmp_path, capsys):
+    base = ["--data", str(photos / "cache"), *TINY, "--steps", "1", "--lr", "0", "--disp", "none"]
+    train.main([*base, "--init", str(trained / "ckpt.pt"), "--out", str(tmp_path / "own")])
+    for which in ("model", "ema"):
+        for name, value in weights(tmp_path / "own", which).items():
+            assert torch.equal(value, weights(trained, "ema")[name])
+    published = fill(build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=7)).state_dict()
+    torch.save(published, tmp_path / "published.pt")  # of other classes: all but the label embedding is taken
+    train.main([*base, "--init", str(tmp_path / "published.pt"), "--out", str(tmp_path / "other")])
+    for name, value in weights(tmp_path / "other").items():
+        assert torch.equal(value, published[name]) == (name != "y_embedder.embedding_table.weight")
+    capsys.readouterr()
+    base += ["--init", trained / "ckpt.pt", "--out", tmp_path / "x"]
+    line = fails(train.main, capsys, *base, "--model", "SiT-XS/4")
+    assert "final_layer.linear.bias is (384,) where (96,) is expected" in line
+
+
 def test_damaged_and_malicious_checkpoints(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -29,13 +29,14 @@ from PIL import Image, ImageDraw
 
 from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
 from sample import (VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
-                    generate, list_images, load_file, load_weights, number, read_image, refuse_other, save_grid, start)
+                    generate, list_images, load_file, load_weights, number, read_image, refuse_other, save_grid, start,
+                    weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=13, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
 # what may differ when a run is resumed; the data is compared by content
 MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb", "resume",
-              "out", "data", "images", "cache_only", "skip_bad", "size", "vae"}
+              "out", "data", "images", "cache_only", "skip_bad", "size", "vae", "init"}
 
 
 def parse(argv):
@@ -54,6 +55,7 @@ def parse(argv):
     run.add_argument("--steps", type=number(int, 1), help="instead of epochs")
     run.add_argument("--batch", type=number(int, 1), default=256, help="global batch (256)")
     run.add_argument("--micro", type=number(int, 1), help="samples a forward pass on each rank; default: its share")
+    run.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint, one's own or published")
     run.add_argument("--lr", type=number(float, 0), default=1e-4, help="(1e-4)")
     run.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay, warmed up (0.9999)")
     run.add_argument("--grad-clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0: any (0)")
@@ -369,6 +371,15 @@ def parse_blocks(text, depth):
     return numbers
 
 
+def initialize(net, path):
+    """Start from a checkpoint's weights. The label embedding stays fresh when the file's is for other classes."""
+    state = weights_in(load_file(path))
+    table = "y_embedder.embedding_table.weight"
+    if table in state and state[table].shape != net.state_dict()[table].shape:
+        state = {**state, table: net.state_dict()[table]}
+    load_weights(net, state, path)
+
+
 def load_checkpoint(path, config):
     """A checkpoint of this file whose config does not contradict the present one."""
     checkpoint = load_file(path)
@@ -383,7 +394,10 @@ def train(args, data, rank, world, device):
     if data.shape[-1] % MODELS[args.model]["patch_size"]:
         raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     model_config = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
-    net = build_model(args.model, **model_config).to(device)
+    net = build_model(args.model, **model_config)
+    if args.init:
+        initialize(net, args.init)
+    net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     objective = FlowMatching()
     decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
