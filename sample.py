@@ -4,10 +4,12 @@ In this file: the helpers that all three command lines share (errors, ranks, pro
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -34,7 +36,8 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch.load prints in colours
+    return (text.splitlines() or [type(error).__name__])[0][:200]
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,16 +83,20 @@ def start(device=None):
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine")
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
+        if local_world > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node {local_world}: this machine has {torch.cuda.device_count()} GPUs")
         if device.index is None:
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif device.type == "cpu" and local_world > 1:  # torchrun gives each rank one thread
         torch.set_num_threads(max(1, cpu_cores() // local_world))
     if "RANK" not in os.environ:
         return 0, 1, device
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        gpu = device.type == "cuda"
+        # hours of work without a collective are normal when caching and sampling; torchrun sees to ranks that died
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None,
+                                timeout=datetime.timedelta(hours=12))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -186,7 +193,8 @@ def load_file(path):
     if Path(path).suffix == ".safetensors":
         return load_safetensors(path)
     try:  # files from before torch 1.6 are no zip archives and cannot be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the published training code keeps its flags so
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises whatever the damage causes
         raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
     if not isinstance(state, dict):
@@ -242,13 +250,20 @@ def load_weights(module, state, path, assign=False):
     module.load_state_dict(state, assign=assign)
 
 
+def read_json(path):
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a readable description ({first_line(error)})") from None
+
+
 def refuse_other(begun, before, now):
     """UserError, naming the flag, when what was begun with the values `before` would be continued with others."""
     for name, value in json.loads(json.dumps(now)).items():
-        if before.get(name) != value:
+        if before.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{begun} was begun with {flag} {before.get(name)}, not {value}: keep to that, or name "
-                            f"another place")
+            raise UserError(f"{begun} was begun with {flag} {before[name]}, not {value}: keep to that, or name another "
+                            f"place")
 
 
 def list_images(folder):
@@ -476,7 +491,9 @@ def load_model(path, name=None):
     """
     checkpoint = load_file(path)
     state = weights_in(checkpoint)
-    config = checkpoint.get("config", dict(model=name, classes=None, vae=None))
+    config = {"model": name, "classes": None, "vae": None}
+    if isinstance(checkpoint.get("config"), dict):
+        config |= checkpoint["config"]
     name = config["model"]
     if name is None:
         raise UserError(f"{path}: holds no config; say with --model which model it is, for instance SiT-XL/2")
@@ -536,7 +553,8 @@ def parse(argv):
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
-    p.add_argument("--vae", help="ema, mse or a file; default: what the training data was made with, else ema")
+    p.add_argument("--vae", help="ema or mse (stabilityai's sd-vae-ft-*; the hash of mse alone is known and checked), "
+                   "or a file; default: what the training data was made with, else ema")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
     return p.parse_args(argv)
 
@@ -548,7 +566,11 @@ def main(argv=None):
     net, config = load_model(args.ckpt, args.model)
     net, objective, dtype = net.to(device), FlowMatching(), args.dtype or default_dtype(device)
     shape = (config["in_channels"], config["input_size"], config["input_size"])
-    decode = VAE(args.vae or config["vae"] or "ema").to(device).decode if shape[0] == 4 else None
+    vae = args.vae or config["vae"] or "ema"
+    decode = VAE(vae).to(device).decode if shape[0] == 4 else None
+    if args.cfg_interval[0] > args.cfg_interval[1] or args.cfg_channels and args.cfg_channels > shape[0]:
+        raise UserError(f"--cfg-interval {args.cfg_interval} must not decrease, and --cfg-channels {args.cfg_channels} "
+                        f"not exceed {shape[0]}")
     classes = parse_classes(args.classes, config)
     labels = np.resize(classes, args.n)
     options = dict(steps=args.steps, method=args.method, cfg=args.cfg, cfg_interval=args.cfg_interval,
@@ -558,19 +580,22 @@ def main(argv=None):
     out = Path(args.out)
     folder = Path(f"{out}.part") if out.suffix == ".npz" else out
     weights = zlib.crc32(net.final_layer.linear.weight.cpu().numpy().tobytes())
-    made_of = dict(options, seed=args.seed, classes=classes, dtype=dtype, ckpt=weights)
+    made_of = dict(options, seed=args.seed, classes=classes, dtype=dtype, ckpt=weights, vae=vae if decode else "none")
+    files = [folder / f"{i:06d}.png" for i in range(args.n)]
     note = folder / "made_of.json"
     if note.exists():
-        refuse_other(folder, json.loads(note.read_text()), made_of)
-    barrier()
+        refuse_other(folder, read_json(note), made_of)
+    others = set(folder.glob("*.png")) - set(files if note.exists() else [])
+    if others:
+        raise UserError(f"--out {folder}: holds other images, such as {min(others).name}: name another place")
+    todo = [i for i, file in enumerate(files) if not file.exists()]
+    barrier()  # nobody writes before everybody has looked
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(note) as file:
             file.write(json.dumps(made_of).encode())
     barrier()
-    files = [folder / f"{i:06d}.png" for i in range(args.n)]
-    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
-    progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
+    progress, todo = Progress("sampling", len(todo), quiet=rank > 0), todo[rank::world]
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
         images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device, dtype,
@@ -591,6 +616,7 @@ def main(argv=None):
             write_npz(out, files, labels)
             shutil.rmtree(folder)
         print(f"wrote {out} and {grid}")
+    barrier()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Numbers marked "golden" were computed by the published implementations on the weights and inputs that `fill`, `rn` and
 `ru` reproduce.
 """
+import argparse
 import functools
 import hashlib
 import json
@@ -623,6 +624,23 @@ def test_two_ranks_and_accumulation_equal_one_process(photos, trained, tmp_path)
             assert (value - weights(trained)[name]).abs().max() <= 1e-4
 
 
+def test_two_ranks_that_accumulate_latents_equal_one_process(tmp_path):
+    """Posterior draws and flips, too, are slices of the global batch's."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "latents.npy", rng.normal(size=(40, 2, 8, 4, 4)).astype(np.float16))
+    np.save(tmp_path / "labels.npy", np.arange(40) % 2)
+    (tmp_path / "meta.json").write_text(json.dumps(dict(classes=["a", "b"], vae="vae.pt")))
+    torch.save(sample.VAE().state_dict(), tmp_path / "vae.pt")
+    base = ["--data", tmp_path, "--steps", 3, *TINY, "--model", "SiT-XS/4", "--disp-group", 4, "--vae", tmp_path / "vae.pt"]
+    train.main([*map(str, base), "--out", str(tmp_path / "one")])
+    two = run("train.py", *base, "--micro", 4, "--out", tmp_path / "two", ranks=2)
+    assert two.returncode == 0, two.stderr
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+    for which in ("model", "ema"):
+        for name, value in weights(tmp_path / "two", which).items():
+            assert (value - weights(tmp_path / "one", which)[name]).abs().max() <= 1e-4
+
+
 def test_resuming_equals_not_stopping(photos, trained, tmp_path):
     base = ["--data", str(photos / "cache"), *TINY, "--out", str(tmp_path / "run")]
     train.main([*base, "--steps", "2"])
@@ -672,13 +690,58 @@ def test_without_dispersion_nothing_is_captured(photos, tmp_path, monkeypatch):
     assert "disp" not in log_of(tmp_path)[0]
 
 
-def test_gradient_clipping_and_blocks_and_kinds(photos, tmp_path):
-    base = ["--data", str(photos / "cache"), "--steps", "1", *TINY]
-    train.main([*base, "--grad-clip", "1e-9", "--out", str(tmp_path / "clip")])
-    train.main([*base, "--disp-blocks", "all", "--disp", "hinge", "--out", str(tmp_path / "all")])
-    assert len(weights(tmp_path / "clip")) == len(weights(tmp_path / "all"))
-    entry = log_of(tmp_path / "all")
-    assert entry[0]["floor"] == 1 / 16 and len(entry[-1]["block_distance"]) == 8
+def test_gradient_clipping(photos, trained, tmp_path):
+    """A gradient of norm 1e-9 lies below Adam's epsilon of 1e-8, so that the first step is short."""
+    train.main(["--data", str(photos / "cache"), "--steps", "1", *TINY, "--grad-clip", "1e-9", "--out", str(tmp_path)])
+    torch.manual_seed(0)
+    net = build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=2)
+    for name, value in weights(tmp_path).items():
+        assert (value - net.state_dict()[name]).abs().max() < 0.2e-3
+    assert losses(tmp_path)[0] == losses(trained)[0]
+
+
+def test_kinds_and_all_blocks(photos, tmp_path):
+    base = ["--data", str(photos / "cache"), "--steps", "1", *TINY, "--disp", "hinge"]
+    train.main([*base, "--disp-blocks", "all", "--out", str(tmp_path / "all")])
+    for block in range(1, 9):
+        train.main([*base, "--disp-blocks", str(block), "--out", str(tmp_path / str(block))])
+    each = [log_of(tmp_path / str(block))[0]["disp"] for block in range(1, 9)]
+    entry, spread = log_of(tmp_path / "all")
+    close(entry["disp"], np.mean(each), 1e-5)
+    assert entry["floor"] == 1 / 16 and len(spread["block_distance"]) == 8
+
+
+def test_bf16_compile_and_epochs(photos, trained, tmp_path, monkeypatch):
+    """Compiling renames no weight, bf16 moves the loss a little, and epochs count passes over the data."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    base = ["--data", str(photos / "cache"), *TINY, "--dtype", "bf16", "--compile", "--out", str(tmp_path)]
+    train.main([*base, "--epochs", "3"])  # 3 x 48 images in batches of 32
+    assert [entry["step"] for entry in log_of(tmp_path)] == [1, 2, 3, 4, 4]
+    assert weights(tmp_path).keys() == weights(trained).keys()
+    assert 1e-7 < abs(losses(tmp_path)[1][0] / losses(trained)[1][0] - 1) < 1e-2
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(photos, tmp_path, capsys):
+    base = ["--data", str(photos / "cache"), *TINY, "--out", str(tmp_path)]
+    train.main([*base, "--steps", "1"])
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["final_layer.linear.bias"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "sick.pt")
+    capsys.readouterr()
+    line = fails(train.main, capsys, *base, "--steps", 3, "--resume", tmp_path / "sick.pt")
+    assert "at step 2 the loss is nan" in line and "--lr" in line
+    assert (tmp_path / "old1" / "ckpt.pt").read_bytes() == before and not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_torn_log_does_not_prevent_resuming(photos, tmp_path):
+    base = ["--data", str(photos / "cache"), *TINY, "--out", str(tmp_path)]
+    train.main([*base, "--steps", "1"])
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    train.main([*base, "--steps", "2", "--resume", str(tmp_path / "ckpt.pt")])
+    assert [entry["step"] for entry in log_of(tmp_path)] == [1, 1, 2, 2]
 
 
 def test_demo_data_is_deterministic_and_balanced():
@@ -711,8 +774,10 @@ def test_starting_afresh_keeps_the_old_run(photos, trained, tmp_path):
     train.main([*base, "--steps", "1"])
     old = (tmp_path / "ckpt.pt").read_bytes()
     train.main([*base, "--steps", "1", "--seed", "5", "--resume", "none"])
-    assert (tmp_path / "ckpt.old.pt").read_bytes() == old != (tmp_path / "ckpt.pt").read_bytes()
-    assert len(losses(tmp_path)) == 1
+    train.main([*base, "--steps", "1", "--seed", "6", "--resume", "none"])
+    assert (tmp_path / "old1" / "ckpt.pt").read_bytes() == old != (tmp_path / "old2" / "ckpt.pt").read_bytes()
+    assert len(losses(tmp_path)) == len(losses(tmp_path / "old1")) == 1
+    assert (tmp_path / "old1" / "samples" / "0000001.png").exists()
 
 
 @pytest.mark.parametrize("args, words", [
@@ -722,8 +787,12 @@ def test_starting_afresh_keeps_the_old_run(photos, trained, tmp_path):
     (["--lr", "fast"], "argument --lr: expected float of at least 0, got 'fast'"),
     (["--lr", "nan"], "argument --lr"),
     (["--batch", "0"], "argument --batch: expected int of at least 1, got '0'"),
-    (["--batch", "40"], "the nearest that fit are --batch 32 --micro 32 --disp-group 16"),
-    (["--micro", "12"], "the nearest that fit are --batch 32 --micro 16 --disp-group 16"),
+    (["--batch", "40"], "the nearest that fit are --batch 32 --micro 32"),
+    (["--micro", "12"], "the nearest that fit are --batch 32 --micro 16"),
+    (["--batch", "256", "--micro", "100"], "the nearest that fit are --batch 256 --micro 128"),
+    (["--disp-blocks", "\u00b2"], "--disp-blocks \u00b2: expected"),
+    (["--seed", "9" * 20], "argument --seed: expected int from 0"),
+    (["--cache-only"], "--cache-only needs --images FOLDER"),
     (["--disp", "l2"], "argument --disp: invalid choice: 'l2'"),
     (["--disp-tau", "0"], "argument --disp-tau"),
     (["--disp-margin", "-1"], "argument --disp-margin"),
@@ -814,12 +883,26 @@ def test_interrupted_sampling_continues_with_the_same_flags_only(trained, tmp_pa
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
+def test_a_folder_with_other_images_is_refused(trained, tmp_path, capsys):
+    base = ["--ckpt", trained / "ckpt.pt", "--steps", 1, "--out", tmp_path]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "000001.png")
+    assert "holds other images, such as 000001.png" in fails(sample.main, capsys, *base, "--n", 3)
+    (tmp_path / "000001.png").unlink()
+    sample.main([*map(str, base), "--n", "3"])
+    capsys.readouterr()
+    assert "holds other images, such as 000002.png" in fails(sample.main, capsys, *base, "--n", 2)
+    (tmp_path / "made_of.json").write_text("{")
+    assert "made_of.json: not a readable description" in fails(sample.main, capsys, *base, "--n", 3)
+
+
 @pytest.mark.parametrize("args, words", [
     (["--n", "0"], "argument --n"),
     (["--classes", "2"], "--classes 2: expected numbers from 0 to 1 or names such as cat"),
     (["--classes", "cow"], "--classes cow"),
     (["--method", "rk4"], "argument --method: invalid choice"),
     (["--cfg-interval", "0.5", "2"], "argument --cfg-interval: expected float from 0 to 1"),
+    (["--cfg-interval", "0.8", "0.2"], "must not decrease"),
+    (["--cfg-channels", "4"], "not exceed 3"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"),
 ])
 def test_bad_flags_of_sampling(args, words, trained, tmp_path, capsys):
@@ -832,7 +915,7 @@ def test_published_files_load_as_they_come(trained, tmp_path, capsys):
     """A bare state dict, or one under "ema", without config; either with or without the learned variance."""
     for learn_sigma in (True, False):
         net = fill(build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=5, learn_sigma=learn_sigma))
-        for state in (net.state_dict(), dict(ema=net.state_dict(), model={}, args=1)):
+        for state in (net.state_dict(), dict(ema=net.state_dict(), model={}, args=argparse.Namespace(lr=1))):
             torch.save(state, tmp_path / "published.pt")
             loaded, config = sample.load_model(tmp_path / "published.pt", "SiT-XS/8")
             assert torch.equal(loaded(rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5])),

@@ -13,6 +13,8 @@ import colorsys
 import contextlib
 import copy
 import functools
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -29,14 +31,14 @@ from PIL import Image, ImageDraw
 
 from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
 from sample import (VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
-                    generate, list_images, load_file, load_weights, number, read_image, refuse_other, save_grid, start,
-                    weights_in)
+                    generate, list_images, load_file, load_weights, number, read_image, read_json, refuse_other,
+                    save_grid, start, weights_in)
 
-DEMO = dict(model="SiT-XS/4", epochs=13, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
+DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
 # what may differ when a run is resumed; the data is compared by content
 MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb", "resume",
-              "out", "data", "images", "cache_only", "skip_bad", "size", "vae", "init"}
+              "out", "data", "images", "cache_only", "skip_bad", "size", "vae"}
 
 
 def parse(argv):
@@ -59,7 +61,7 @@ def parse(argv):
     run.add_argument("--lr", type=number(float, 0), default=1e-4, help="(1e-4)")
     run.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay, warmed up (0.9999)")
     run.add_argument("--grad-clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0: any (0)")
-    run.add_argument("--seed", type=number(int, 0), default=0)
+    run.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     run.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     disp = p.add_argument_group("dispersive loss")
@@ -153,7 +155,7 @@ class Rows:
         self.notes = [Path(f"{self.part}.map"), Path(f"{self.part}.json")]
         if rank == 0:
             if self.notes[1].exists():
-                refuse_other(self.part, json.loads(self.notes[1].read_text()), made_of)
+                refuse_other(self.part, read_json(self.notes[1]), made_of)
             else:
                 self._create(shape, dtype, made_of)
         barrier()
@@ -187,16 +189,16 @@ class Rows:
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: latents.npy, labels.npy (-1: left out) and meta.json."""
     folder, target = Path(args.images), Path(args.data)
-    files = list_images(folder)
-    names = sorted({file.relative_to(folder).parts[0] for file in files if len(file.relative_to(folder).parts) > 1})
-    files = [file for file in files if file.parent != folder]
+    files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
-        raise UserError(f"--images {folder}: expected class folders that hold images, found none")
-    listing = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
+        raise UserError(f"--images {folder}: expected class folders that hold images, found images without a class")
+    relative = [file.relative_to(folder) for file in files]
+    names = sorted({path.parts[0] for path in relative})
+    listing = zlib.crc32("\n".join(map(str, relative)).encode())
     made_of = dict(size=args.size, vae=args.vae or "ema", images=f"{len(files)} files ({listing:08x})")
     meta = dict(classes=names, **made_of)
     if (target / "latents.npy").exists():
-        refuse_other(f"--data {target}", json.loads((target / "meta.json").read_text()), made_of)
+        refuse_other(f"--data {target}", read_json(target / "meta.json"), made_of)
         return
     if made_of["vae"] == "none":
         vae, shape, dtype = None, (3, args.size, args.size), np.uint8
@@ -207,22 +209,25 @@ def cache_images(args, rank, world, device):
     rows = Rows(target / "latents.npy", (len(files), *shape), dtype, made_of, rank, world)
     workers = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = torch.utils.data.DataLoader(CropFiles(files, rows.todo, args.size), batch_size=64, num_workers=workers)
-    progress = Progress("caching", len(rows.todo), quiet=rank > 0)
+    progress = Progress("caching", len(rows.todo) * world, quiet=rank > 0)
     bad = []
     for index, pixels, errors in loader:
         good = np.array([not error for error in errors])
         values = posteriors(vae, pixels.to(device)).cpu() if vae else pixels
         rows.write(index.numpy()[good], values.numpy()[good])
         bad += [(row, error) for row, error in zip(index.tolist(), errors) if error]
-        progress.update(len(index))
-    bad = sorted(sum(gathered(bad, world), []))
+        progress.update(len(index) * world)
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, bad)
+        bad = sorted(sum(everywhere, []))
     if bad and not args.skip_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         for _, error in bad if rank == 0 else []:
             print(error, file=sys.stderr)
         raise UserError(f"{bad[0][1]}{more}: mend or remove them, or pass --skip-bad; what is cached already is kept")
     if rank == 0:
-        labels = np.array([names.index(file.relative_to(folder).parts[0]) for file in files])
+        labels = np.searchsorted(names, [path.parts[0] for path in relative])
         labels[[row for row, _ in bad]] = -1
         for _, error in bad:
             print("left out:", error, file=sys.stderr)
@@ -243,14 +248,6 @@ def posteriors(vae, pixels):
     return torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half()
 
 
-def gathered(value, world):
-    """The value of every rank, in a list."""
-    values = [value] * world
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
 def open_data(path):
     """A memory-mapped .npy array that is never unpickled; UserError when it is missing, damaged or of objects."""
     try:
@@ -262,9 +259,10 @@ def open_data(path):
 class Data:
     """uint8 pixels (N, C, H, W), or float16 posterior mean and std of image and mirror (N, 2, 2C, H, W), by entry."""
 
-    def __init__(self, name, latents, labels, classes, vae):
+    def __init__(self, name, latents, labels, classes, vae="none", meta=""):
         self.name, self.latents, self.labels, self.classes, self.vae = name, latents, labels, classes, vae
         self.rows = np.flatnonzero(labels >= 0)
+        self.hash = zlib.crc32(labels.tobytes() + meta.encode())
         self.pixels = latents.dtype == np.uint8
         self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
 
@@ -274,11 +272,10 @@ class Data:
         if not (folder / "latents.npy").exists():
             raise UserError(f"--data {folder}: no latents.npy there; make it with --images FOLDER --data {folder}")
         latents, labels = open_data(folder / "latents.npy"), np.array(open_data(folder / "labels.npy"))
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            classes, vae = list(meta["classes"]), meta["vae"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'meta.json'}: not a readable description of the data ({error!r})") from None
+        meta = read_json(folder / "meta.json")
+        if not isinstance(meta.get("classes"), list) or not isinstance(meta.get("vae"), str):
+            raise UserError(f"{folder / 'meta.json'}: expected a list of classes and the name of a vae")
+        classes = list(map(str, meta["classes"]))
         shape = latents.shape
         pixels = latents.dtype == np.uint8 and len(shape) == 4
         moments = latents.dtype == np.float16 and len(shape) == 5 and shape[1] == 2 and shape[2] % 2 == 0
@@ -290,7 +287,7 @@ class Data:
                             f"integers are expected")
         if not len(labels) or labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
             raise UserError(f"{folder / 'labels.npy'}: expected labels from 0 to {len(classes) - 1} (-1: left out)")
-        return cls(str(folder), latents, labels.astype(np.int64), classes, vae)
+        return cls(str(folder), latents, labels.astype(np.int64), classes, meta["vae"], json.dumps(meta))
 
     def __len__(self):
         return len(self.rows)
@@ -329,7 +326,10 @@ def batches(data, first, last, batch, mine, seed, device):
     def read(step):
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
         tensors = data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine])
-        return [tensor.pin_memory() for tensor in tensors] if device.type == "cuda" else tensors
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts on GPU 0
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return tensors
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(read, first)
@@ -353,10 +353,12 @@ def check_batch(batch, world, micro, group):
     wanted = micro or max(1, batch // world)
     if batch % (world * wanted) == 0 and wanted % group == 0:
         return wanted
-    fit = max(1, round(wanted / group)) * group
+    fits = [size for size in range(group, batch // world + 1, group) if batch % (world * size) == 0]
+    fit = min(fits, key=lambda size: abs(size - wanted)) if fits else max(1, round(wanted / group)) * group
+    near = batch if fits else max(1, round(batch / (world * fit))) * world * fit
     raise UserError(f"--batch {batch}, --micro {wanted} and --disp-group {group} do not fit {world} rank(s): --batch "
-                    f"must be a multiple of ranks x --micro, and --micro of --disp-group; the nearest that fit are "
-                    f"--batch {max(1, round(batch / (world * fit))) * world * fit} --micro {fit} --disp-group {group}")
+                    f"must be a multiple of ranks x --micro, and --micro of --disp-group (1 without dispersion); the "
+                    f"nearest that fit are --batch {near} --micro {fit}")
 
 
 def parse_blocks(text, depth):
@@ -365,7 +367,7 @@ def parse_blocks(text, depth):
         return [max(1, depth // 4)]
     if text == "all":
         return list(range(1, depth + 1))
-    numbers = sorted({int(part) if part.strip().isdigit() else 0 for part in text.split(",")})
+    numbers = sorted({int(part) if part.strip().isdecimal() else 0 for part in text.split(",")})
     if numbers[0] < 1 or numbers[-1] > depth:
         raise UserError(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
     return numbers
@@ -376,6 +378,7 @@ def initialize(net, path):
     state = weights_in(load_file(path))
     table = "y_embedder.embedding_table.weight"
     if table in state and state[table].shape != net.state_dict()[table].shape:
+        print(f"{path} is for other classes: its label embedding is not used")
         state = {**state, table: net.state_dict()[table]}
     load_weights(net, state, path)
 
@@ -383,7 +386,7 @@ def initialize(net, path):
 def load_checkpoint(path, config):
     """A checkpoint of this file whose config does not contradict the present one."""
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {"model", "ema", "opt", "step", "config"} <= checkpoint.keys():
+    if not {"model", "ema", "opt", "step"} <= checkpoint.keys() or not isinstance(checkpoint.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
     refuse_other(path, checkpoint["config"], config)
     return checkpoint
@@ -412,8 +415,7 @@ def train(args, data, rank, world, device):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
     floor = dispersive_floor(args.disp, group, args.disp_tau, args.disp_margin) if blocks else 0.0
 
-    labels_hash = zlib.crc32(data.labels.tobytes() + "\n".join(data.classes).encode())
-    config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({labels_hash:08x})")
+    config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
     config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective="flow", classes=data.classes, vae=data.vae)
     out = Path(args.out)
@@ -423,7 +425,7 @@ def train(args, data, rank, world, device):
     first = checkpoint["step"] if checkpoint else 0
     barrier()
     if rank == 0:
-        prepare_out(out, first, continues=source == latest)
+        prepare_out(out, first, continues=bool(source) and Path(source).resolve() == latest.resolve())
 
     fused = device.type != "mps"
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=fused)
@@ -482,7 +484,8 @@ def train(args, data, rank, world, device):
         save_grid(images.numpy(), grid, columns=8)
 
         count = min(64, len(data))
-        images, labels = (tensor.to(device) for tensor in data.read(np.arange(count), np.zeros(count, bool)))
+        entries = np.linspace(0, len(data) - 1, count).astype(int)  # of all classes: a cache is sorted by class
+        images, labels = (tensor.to(device) for tensor in data.read(entries, np.zeros(count, bool)))
         generator = stream(args.seed, 0, "probe", device)
         t = objective.times(count, generator)
         noise = torch.randn(count, *data.shape, generator=generator, device=device)
@@ -505,7 +508,9 @@ def train(args, data, rank, world, device):
         y = torch.where(draw(torch.rand, "label") < LABEL_DROPOUT, net.num_classes, labels)
         t = objective.times(args.batch, stream(args.seed, step, "time", device))[mine]
         noise = draw(torch.randn, "noise", *data.shape)
-        done, is_log = step + 1, (step + 1) % args.log_every == 0 or step + 1 == steps
+        done = step + 1
+        is_ckpt = done % args.ckpt_every == 0 or done == steps
+        is_log = done % args.log_every == 0 or is_ckpt  # before a checkpoint, to see that the loss is finite
         distance = torch.zeros((), device=device)
         for begin in range(0, share, micro):
             part = slice(begin, begin + micro)
@@ -533,6 +538,9 @@ def train(args, data, rank, world, device):
                 dist.all_reduce(values)
                 values /= world
             loss, disp, distance = values.tolist()
+            if not math.isfinite(loss + disp):
+                raise UserError(f"at step {done} the loss is {loss} and the dispersive loss {disp}: try a smaller "
+                                f"--lr, or --grad-clip 1; checkpoints written before are whole")
             now = time.time()
             rate, left = (done - logged) * args.batch / (now - shown), (steps - done) * (now - started) / (done - first)
             sums.zero_()
@@ -543,7 +551,7 @@ def train(args, data, rank, world, device):
                 + (f"  disp {disp:.3f} (floor {floor:.3f}, distance {distance:.3g})" if blocks else "")
                 + f"  {rate:,.1f} images/s  {clock(left)} left")
         paused = time.time()
-        if done % args.ckpt_every == 0 or done == steps:
+        if is_ckpt:
             save(done)
         if done % args.sample_every == 0 or done == steps:
             picture(done)
@@ -554,16 +562,18 @@ def train(args, data, rank, world, device):
 
 def prepare_out(out, first, continues):
     """Make --out; set another run's files aside, and cut a continued run's log where it continues."""
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    if not continues:
-        for path in (out / "ckpt.pt", log):
-            if path.exists():
-                os.replace(path, path.with_stem(path.stem + ".old"))
-    elif log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= first]
+    if continues:
+        whole = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
         with atomic(log) as file:
-            file.write("".join(line + "\n" for line in lines).encode())
+            file.write("".join(line + "\n" for line in whole if json.loads(line)["step"] <= first).encode())
+    elif log.exists() or (out / "ckpt.pt").exists():
+        aside = next(path for path in (out / f"old{n}" for n in itertools.count(1)) if not path.exists())
+        aside.mkdir()
+        for path in (out / "ckpt.pt", log, out / "samples"):
+            if path.exists():
+                os.replace(path, aside / path.name)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
 
 
 @command
@@ -571,6 +581,10 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.images and not args.data:
         raise UserError("--images needs --data DIR, where the cached arrays go")
+    if args.cache_only and not args.images:
+        raise UserError("--cache-only needs --images FOLDER")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb: the wandb package is not installed")
     if args.model not in MODELS:
         raise UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
     rank, world, device = start()
@@ -578,7 +592,7 @@ def main(argv=None):
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
-    data = Data.open(args.data) if args.data else Data("drawn demo", *demo_data(), vae="none")
+    data = Data.open(args.data) if args.data else Data("drawn demo", *demo_data())
     train(args, data, rank, world, device)
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --out {args.out}/generated")
