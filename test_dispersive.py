@@ -631,7 +631,8 @@ def test_two_ranks_that_accumulate_latents_equal_one_process(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(40) % 2)
     (tmp_path / "meta.json").write_text(json.dumps(dict(classes=["a", "b"], vae="vae.pt")))
     torch.save(sample.VAE().state_dict(), tmp_path / "vae.pt")
-    base = ["--data", tmp_path, "--steps", 3, *TINY, "--model", "SiT-XS/4", "--disp-group", 4, "--vae", tmp_path / "vae.pt"]
+    base = ["--data", tmp_path, "--steps", 3, *TINY, "--model", "SiT-XS/4", "--disp-group", 4,
+            "--vae", tmp_path / "vae.pt"]
     train.main([*map(str, base), "--out", str(tmp_path / "one")])
     two = run("train.py", *base, "--micro", 4, "--out", tmp_path / "two", ranks=2)
     assert two.returncode == 0, two.stderr
