@@ -25,7 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from dispersive import MODELS, FlowMatching, build_model
+from dispersive import MODELS, FlowMatching, GaussianDiffusion, MeanFlow, build_model
+
+OBJECTIVES = {"flow": FlowMatching, "diffusion": GaussianDiffusion, "meanflow": MeanFlow}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the command lines
@@ -478,6 +480,10 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
         return to_uint8(x if decode is None else decode(x)).cpu()
 
 
+def default_objective(model):
+    return "flow" if model.startswith("SiT") else "diffusion"
+
+
 def weights_in(checkpoint):
     """The EMA of a checkpoint of train.py; the state dict of a published file, bare or under "ema" or "model"."""
     return checkpoint.get("ema", checkpoint.get("model", checkpoint))
@@ -503,13 +509,14 @@ def load_model(path, name=None):
         patch, channels = MODELS[name]["patch_size"], state["x_embedder.proj.weight"].shape[1]
         sizes = dict(input_size=patch * math.isqrt(state["pos_embed"].shape[1]), in_channels=channels,
                      num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-                     learn_sigma=len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2)
+                     learn_sigma=len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2,
+                     second_time="r_embedder.mlp.0.weight" in state)
     except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path}: not the weights of a DiT or SiT") from None
     with torch.device("meta"):
         net = build_model(name, **sizes)
     load_weights(net, state, path, assign=True)
-    return net.float().eval().requires_grad_(False), dict(config, **sizes)
+    return net.float().eval().requires_grad_(False), {"objective": default_objective(name), **config, **sizes}
 
 
 def parse_classes(text, config):
@@ -543,8 +550,8 @@ def parse(argv):
     p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
     p.add_argument("--model", help="which model a published file holds, for instance SiT-XL/2")
     p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="number of images (64); 50000 for FID")
-    p.add_argument("--steps", type=number(int, 1), default=250, help="sampling intervals (250)")
-    p.add_argument("--method", default="heun", choices=FlowMatching.methods, help="(heun)")
+    p.add_argument("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
+    p.add_argument("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
     p.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
     p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                    help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
@@ -564,7 +571,7 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
-    net, objective, dtype = net.to(device), FlowMatching(), args.dtype or default_dtype(device)
+    net, objective, dtype = net.to(device), OBJECTIVES[config["objective"]](), args.dtype or default_dtype(device)
     shape = (config["in_channels"], config["input_size"], config["input_size"])
     vae = args.vae or config["vae"] or "ema"
     decode = VAE(vae).to(device).decode if shape[0] == 4 else None
@@ -573,7 +580,18 @@ def main(argv=None):
                         f"not exceed {shape[0]}")
     classes = parse_classes(args.classes, config)
     labels = np.resize(classes, args.n)
-    options = dict(steps=args.steps, method=args.method, cfg=args.cfg, cfg_interval=args.cfg_interval,
+    method = args.method or objective.methods[0]
+    steps = args.steps or (1 if config["objective"] == "meanflow" else 250)
+    if method not in objective.methods:
+        raise UserError(f"--method {method}: expected one of {', '.join(objective.methods)} for {config['objective']}")
+    if config["objective"] == "meanflow" and args.cfg != 1:
+        raise UserError(f"--cfg {args.cfg:g}: MeanFlow is guided in training, not in sampling")
+    if config["objective"] == "diffusion":
+        try:
+            objective.spaced(steps, method)
+        except ValueError as error:
+            raise UserError(f"--steps {steps}: {error}") from None
+    options = dict(steps=steps, method=method, cfg=args.cfg, cfg_interval=args.cfg_interval,
                    cfg_channels=args.cfg_channels)
 
     # every image becomes a file of its own, so that an interrupted run continues; an archive is made of the files

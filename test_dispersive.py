@@ -28,8 +28,8 @@ from PIL import Image
 import fid
 import sample
 import train
-from dispersive import (KINDS, DiT, FlowMatching, build_model, contrastive_loss, dispersive_floor,
-                        dispersive_loss, mean_distance)
+from dispersive import (KINDS, DiT, FlowMatching, GaussianDiffusion, MeanFlow, build_model, contrastive_loss,
+                        dispersive_floor, dispersive_loss, mean_distance, repa_loss, repa_projector)
 from sample import UserError
 
 HERE = Path(__file__).parent
@@ -449,6 +449,510 @@ def test_flow_matching_loss_is_its_formula():
     assert abs(t.mean() - 0.5) < 0.02 and t.min() >= 0 and t.max() < 1
 
 
+@pytest.fixture(scope="module")
+def golden_dit():
+    return fill(build_model("DiT-S/4", num_classes=10)).eval()
+
+
+GOLDEN_DIT = {  # by sample
+    "out": [[-1.004304, -1.253021, 2.241493, -0.2466072, 0.7236568, -2.282217, 0.1864561, 1.143],
+            [-0.9504329, -0.8432694, 0.725911, 0.9091185, -1.06761, -0.7397046, -0.09116036, -1.451336],
+            [-1.301937, -0.1905879, 0.525243, 0.8334168, 0.1091399, -1.408858, -0.7006797, 0.9117367]],
+    "mse": [[2.185664], [2.075458], [2.148793], [2.158874]],
+    "vb": [[3.068321], [1.492162], [0.01708921], [0.0317829]],
+    "mean": [[-0.07121047, -0.6616288, 0.08601939, 0.8464932], [0.6905113, 1.016016, 0.1653869, 1.76401],
+             [0.1674054, -1.635692, 1.143011, -1.15453], [-2.345612, -0.2062639, -0.008869943, -0.6877363]],
+}
+
+
+@torch.no_grad()
+def test_diffusion_equals_the_published_code(golden_dit):
+    """Golden: DiT-S/4; a few values of each output here, all of them where the reference file is at hand."""
+    y, t = torch.tensor([0, 7, 10, 3]), torch.tensor([0, 1, 500, 999])
+    x, noise, diffusion = rn(22, 4, 4, 32, 32), rn(23, 4, 4, 32, 32), GaussianDiffusion()
+    abar = diffusion.abar[t].view(4, 1, 1, 1)
+    x_t = (abar.sqrt() * x + (1 - abar).sqrt() * noise).float()
+    eps, v = golden_dit(x_t, t, y).chunk(2, 1)
+    result = {"out": golden_dit(rn(21, 3, 4, 32, 32), torch.tensor([0, 500, 999]), y[:3]),
+              "mse": (eps - noise).square().mean((1, 2, 3)), "mean": diffusion.posterior(eps, v, x_t, t)[0]}
+    result["vb"] = diffusion.loss(golden_dit, x, y, t, noise)[0] - result["mse"]
+    for name, value in result.items():
+        for value, golden in zip(value, GOLDEN_DIT[name]):  # sample by sample: small ones count as much as large ones
+            close(value.flatten()[::1111], golden, 2e-5)
+    if GOLDEN.exists():
+        golden = np.load(GOLDEN / "dit.npz")
+        for name, value in result.items():
+            for i in range(len(value)):
+                close(value[i], golden[name][i], 2e-5)
+
+
+def slow_diffusion_loss(out, x, noise, t):
+    """Mean squared error + bound in bits per dimension of one sample, from the textbook formulas, in float64."""
+    betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    abars = [math.prod(1 - b for b in betas[:i + 1]) for i in range(t + 1)]
+    abar, beta, before = abars[t], betas[t], abars[t - 1] if t else 1.0
+    x_t = math.sqrt(abar) * x + math.sqrt(1 - abar) * noise
+    eps, v = out.detach()[:3], out[3:]
+
+    def mean(start):
+        return (math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x_t) / (1 - abar)
+
+    variance = beta * (1 - before) / (1 - abar) if t else None
+    small = math.log(variance) if t else math.log(betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1])))
+    log_var = (v + 1) / 2 * math.log(beta) + (1 - v) / 2 * small
+    guess = mean((x_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar))
+    if t:
+        p, q = (torch.distributions.Normal(m, s) for m, s in ((guess, (log_var / 2).exp()), (mean(x), variance ** 0.5)))
+        bound = torch.distributions.kl_divergence(q, p)
+    else:
+        def cdf(z):
+            return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3))) / 2
+        std = (log_var / 2).exp()
+        upper, lower = cdf((x + 1 / 255 - guess) / std), cdf((x - 1 / 255 - guess) / std)
+        upper, lower = torch.where(x > 0.999, 1.0, upper), torch.where(x < -0.999, 0.0, lower)
+        bound = -(upper - lower).clamp(min=1e-12).log()
+    return ((out[:3] - noise) ** 2).mean() + bound.mean() / math.log(2), guess
+
+
+def test_diffusion_loss_and_its_gradient_are_the_textbook_formulas():
+    x, noise, y = rn(1, 5, 3, 8, 8).double().clamp(-1, 1), rn(2, 5, 3, 8, 8).double(), torch.zeros(5, dtype=torch.long)
+    t = torch.tensor([0, 1, 2, 500, 999])
+    out = torch.cat([0.9 * noise + 0.1 * rn(3, 5, 3, 8, 8), 0.5 * rn(4, 5, 3, 8, 8)], 1).requires_grad_()
+    loss, _ = GaussianDiffusion().loss(lambda x_t, t, y: out, x, y, t, noise)
+    slow = torch.stack([slow_diffusion_loss(out[i], x[i], noise[i], int(t[i]))[0] for i in range(5)])
+    for value, reference in zip(loss, slow):
+        close(value.detach(), reference.detach(), 1e-9)
+    gradient, reference = (torch.autograd.grad(v.sum(), out)[0] for v in (loss, slow))
+    for half in (slice(3), slice(3, 6)):  # the noise learns from the squared error alone, the variance from the bound
+        close(gradient[:, half], reference[:, half], 1e-8)
+
+
+def test_diffusion_times_and_spacing():
+    diffusion = GaussianDiffusion()
+    t = diffusion.times(50000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 5
+    assert diffusion.spaced(10, "ddpm") == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert diffusion.spaced(21, "ddpm")[:6] == [0, 50, 100, 150, 200, 250]
+    for n in (2, 21, 250, 999, 1000):
+        position, steps = 0.0, []
+        for _ in range(n):
+            steps.append(round(position))
+            position += 999 / (n - 1)
+        assert diffusion.spaced(n, "ddpm") == steps and len(set(steps)) == n and (steps[0], steps[-1]) == (0, 999)
+    assert diffusion.spaced(250, "ddim") == list(range(0, 1000, 4)) == diffusion.spaced(250, "heun")
+    assert diffusion.spaced(7, "ddim") == list(range(0, 1000, 143))  # 143 to 166 all give 7
+    assert diffusion.spaced(1000, "ddim") == diffusion.spaced(1000, "ddpm") == list(range(1000))
+    with pytest.raises(ValueError, match="ddim: take 63 or 67"):
+        diffusion.spaced(65, "ddim")
+    for n in (0, 1, 1001):
+        with pytest.raises(ValueError, match="2 to 1000"):
+            diffusion.spaced(n, "ddpm")
+        with pytest.raises(ValueError, match="no stride"):
+            diffusion.spaced(n, "heun")
+
+
+class GaussianNoise(torch.nn.Module):
+    """The exact noise prediction at integer steps for data ~ Normal(mu_y, s^2), and v = 0.3 for the variance."""
+    num_classes, s, v = 2, 0.5, 0.3
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+
+    def mean(self, y):
+        return torch.tensor([-1.0, 2.0, 0.5], dtype=torch.float64)[y].view(-1, 1, 1, 1)
+
+    def forward(self, x, t, y):
+        self.calls = getattr(self, "calls", 0) + len(x)
+        assert (t == t.round()).all()
+        abar, mu = self.abar[t.long()].view(-1, 1, 1, 1), self.mean(y)
+        eps = (1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)
+        return torch.cat([eps, torch.full_like(x, self.v)], 1)
+
+
+def flow_of_a_gaussian(model, noise, y, last_euler):
+    """Where the probability-flow ODE takes noise at step 999: (x - mu) / sqrt(s^2 + sigma^2) is constant."""
+    sigma = (1 / model.abar - 1).sqrt()
+    start = noise * (1 + sigma[-1] ** 2).sqrt() - model.mean(y)
+    if not last_euler:
+        return model.mean(y) + start * model.s / (model.s ** 2 + sigma[-1] ** 2).sqrt()
+    end = start * ((model.s ** 2 + sigma[0] ** 2) / (model.s ** 2 + sigma[-1] ** 2)).sqrt()
+    return model.mean(y) + end * (1 - sigma[0] ** 2 / (model.s ** 2 + sigma[0] ** 2))
+
+
+@pytest.mark.parametrize("method, order", [("ddim", 1), ("heun", 2)])
+def test_deterministic_diffusion_samplers_converge_to_the_flow(method, order):
+    """Steps 0, i, 2i, ... up to 999 for i = 27, 9, 3, so that all start at the same noise level."""
+    model, noise, y = GaussianNoise(), rn(1, 4, 1, 2, 2).double(), torch.tensor([0, 1, 0, 1])
+    exact = flow_of_a_gaussian(model, noise, y, last_euler=True)
+    errors = []
+    for steps in (38, 112, 334):
+        assert GaussianDiffusion().spaced(steps, method)[-1] == 999
+        errors.append((GaussianDiffusion().sample(model, noise, y, steps, method) - exact).abs().max())
+    assert errors[-1] < (0.05 if order == 1 else 2e-3)
+    for coarse, fine in zip(errors, errors[1:]):
+        assert abs(math.log(coarse / fine, 3) - order) < 0.35, errors
+    close(exact, flow_of_a_gaussian(model, noise, y, last_euler=False), 1e-3)
+
+
+def test_ddim_steps_are_the_published_formula():
+    model, x, y, abar = GaussianNoise(), rn(1, 3, 1, 2, 2).double(), torch.tensor([0, 1, 2]), GaussianNoise.abar
+    result = GaussianDiffusion().sample(model, x, y, 5, "ddim")
+    for now, then in zip([800, 600, 400, 200, 0], [600, 400, 200, 0, None]):
+        a, b = abar[now], abar[then] if then is not None else 1
+        eps = model(x, torch.full((3,), float(now)), y)[:, :1]
+        x = b ** 0.5 * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b) ** 0.5 * eps
+    close(result, x, 1e-10)
+
+
+def test_heun_steps_are_the_trapezoidal_rule_in_sigma():
+    model, noise, y, abar = GaussianNoise(), rn(1, 3, 1, 2, 2).double(), torch.tensor([0, 1, 2]), GaussianNoise.abar
+    sigma = (1 / abar - 1).sqrt()
+
+    def slope(z, step):
+        return model(z * abar[step].sqrt(), torch.full((3,), float(step)), y)[:, :1]
+
+    z = noise / abar[800].sqrt()
+    for now, then in ((800, 600), (600, 400), (400, 200), (200, 0)):
+        d = slope(z, now)
+        z = z + (sigma[then] - sigma[now]) * (d + slope(z + (sigma[then] - sigma[now]) * d, then)) / 2
+    close(GaussianDiffusion().sample(model, noise, y, 5, "heun"), z - sigma[0] * slope(z, 0), 1e-10)
+
+
+def test_ddpm_steps_are_the_published_formula():
+    """The posterior of the respaced betas, with its log-variance 65% of the way to log beta; no noise at the end."""
+    model, x, y, noises = GaussianNoise(), rn(1, 3, 1, 2, 2).double(), torch.tensor([0, 1, 2]), []
+
+    def noise_fn(k):
+        assert k == len(noises)
+        noises.append(rn(20 + k, 3, 1, 2, 2).double())
+        return noises[-1]
+
+    result = GaussianDiffusion().sample(model, x, y, 4, "ddpm", noise_fn=noise_fn)
+    steps = [0, 333, 666, 999]
+    abar = [1.0] + [float(model.abar[s]) for s in steps]
+    for k in (4, 3, 2, 1):
+        beta = 1 - abar[k] / abar[k - 1]
+        variance = beta * (1 - abar[k - 1]) / (1 - abar[k])
+        eps = model(x, torch.full((3,), float(steps[k - 1])), y)[:, :1]
+        start = (x - math.sqrt(1 - abar[k]) * eps) / math.sqrt(abar[k])
+        x = (math.sqrt(abar[k - 1]) * beta * start + math.sqrt(1 - beta) * (1 - abar[k - 1]) * x) / (1 - abar[k])
+        if k > 1:
+            x = x + math.exp(0.5 * (0.65 * math.log(beta) + 0.35 * math.log(variance))) * noises[4 - k]
+    assert len(noises) == 3
+    close(result, x, 1e-10)
+
+
+def test_ddpm_samples_the_distribution():
+    model, y = GaussianNoise(), torch.ones(20000, dtype=torch.long)
+    torch.manual_seed(0)
+    x = GaussianDiffusion().sample(model, torch.randn(20000, 1, 1, 1, dtype=torch.float64), y, steps=250)
+    assert abs(x.mean() - 2.0) < 0.02 and abs(x.std() - 0.5) < 0.02
+
+
+@torch.no_grad()
+def test_diffusion_guidance_is_of_the_noise_alone():
+    """One DDPM step from 999 to 0 and one DDIM step by hand: the variance stays conditional, channels may too."""
+    model, noise, y = random_model(), rn(1, 2, 3, 8, 8).double(), torch.tensor([0, 1])
+    step_noise, diffusion = rn(2, 2, 3, 8, 8).double(), GaussianDiffusion()
+
+    def out(x, step, channels, scale):
+        t = torch.full((2,), float(step), dtype=torch.float64)
+        cond, uncond = model(x, t, y), model(x, t, torch.tensor([4, 4]))
+        return torch.cat([(uncond + scale * (cond - uncond))[:, :channels], cond[:, channels:]], 1).chunk(2, 1)
+
+    for channels in (None, 2):
+        x, log_variance = diffusion.posterior(*out(noise, 999, channels or 3, 3.0), noise, [1], [0, 999])
+        x = x + (log_variance / 2).exp() * step_noise
+        expected, _ = diffusion.posterior(*out(x, 0, channels or 3, 1.0), x, [0], [0, 999])
+        # step 999 lies at SiT's time 0.006, step 0 at 0.99
+        result = diffusion.sample(model, noise, y, 2, "ddpm", 3.0, (0, 0.5), channels, lambda k: step_noise)
+        close(result, expected, 1e-12)
+    model = GaussianNoise()
+    sigma = (1 / model.abar - 1).sqrt()
+    inside = sum(0.3 <= 1 / (1 + sigma[step]) <= 0.8 for step in range(0, 1000, 100))
+    diffusion.sample(model, rn(1, 2, 1, 2, 2).double(), y, 10, "ddim", cfg=2.0, cfg_interval=(0.3, 0.8))
+    assert 0 < inside < 10 and model.calls == 2 * (10 + inside)
+    with pytest.raises(ValueError, match="ddpm, ddim, heun"):
+        diffusion.sample(model, noise, y, method="euler")
+
+
+def test_a_sit_with_a_second_time_computes_what_it_did():
+    sit, x, t, y = random_model(), rn(1, 2, 3, 8, 8).double(), ru(2, 2).double(), torch.tensor([0, 4])
+    sizes = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=4)
+    both = DiT(**sizes, second_time=True).double()
+    missing, unexpected = both.load_state_dict(sit.state_dict(), strict=False)
+    names = {f"r_embedder.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert set(missing) == names and not unexpected
+    for r in (None, t, t + 0.5):
+        assert torch.equal(both(x, t, y, r), sit(x, t, y))
+    out, activations = both(x, t, y, t, blocks=(2,))
+    assert torch.equal(activations[0], sit(x, t, y, blocks=(2,))[1][0])
+    both(x, t, y, t + 0.5).sum().backward()
+    assert both.r_embedder.mlp[2].weight.grad.abs().min() > 0  # zero, but not stuck there
+    fill(both)
+    assert torch.equal(both(x, t, y), both(x, t, y, t))  # r = t where no r is given
+    assert (both(x, t, y, t) - both(x, t, y, t + 0.5)).abs().max() > 0.01
+    with pytest.raises(ValueError, match="second_time=True"):
+        sit(x, t, y, t)
+
+
+def test_second_time_is_embedded_as_its_difference():
+    model, x, y = random_model(second_time=True), rn(1, 2, 3, 8, 8).double(), torch.tensor([0, 4])
+    t, r = torch.tensor([0.1, 0.4]).double(), torch.tensor([0.6, 0.4]).double()
+    swapped = random_model(second_time=True)
+    swapped.t_embedder, swapped.r_embedder = model.r_embedder, model.t_embedder
+    close(model(x, t, y, r).detach(), swapped(x, r - t, y, r).detach(), 1e-12)  # r - (r - t) = t
+
+
+def test_mean_flow_times():
+    """r = t in 75% of the batch, by position; a and b are sigmoids of Normal(-0.4, 1), in the paper's time."""
+    t, r = MeanFlow().times(40000, torch.Generator().manual_seed(0))
+    moves = torch.arange(40000) % 4 == 0
+    assert torch.equal(r > t, moves) and torch.equal(r == t, ~moves)
+    logit = torch.special.logit(1 - t)
+    a, b = torch.randn(2, 200000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.4
+    assert abs(logit.mean() - torch.maximum(a, b).mean()) < 0.02
+    assert abs(torch.special.logit(1 - r[moves]).mean() - torch.minimum(a, b).mean()) < 0.04
+    pair = torch.cat([logit[moves], torch.special.logit(1 - r[moves])])
+    assert abs(pair.mean() + 0.4) < 0.03 and abs(pair.std() - 1) < 0.03
+    t, r = MeanFlow(every=1).times(100, torch.Generator().manual_seed(0))
+    assert (r > t).all() and t.min() >= 0 and r.max() <= 1
+
+
+class MeanGaussian(Gaussian):
+    """The exact average velocity of data ~ Normal(mu_y, s^2): its flow maps x - t*mu in proportion to its std."""
+
+    def forward(self, x, t, y, r=None):
+        t, r, mu = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1), self.mean(y)
+        var_t, var_r = (w ** 2 * self.s ** 2 + (1 - w) ** 2 for w in (t, r))
+        # (sqrt(var_r) - sqrt(var_t)) / (r - t), without 0/0 at r = t
+        slope = ((r + t) * self.s ** 2 - (2 - r - t)) / (var_t.sqrt() + var_r.sqrt())
+        return mu + slope / var_t.sqrt() * (x - t * mu)
+
+
+def on_the_path(model, x_t, t, y):
+    """Data and noise whose line goes through x_t with the marginal velocity."""
+    w = t.view(-1, 1, 1, 1)
+    v = Gaussian.forward(model, x_t, t, y)
+    return x_t + (1 - w) * v, x_t - w * v
+
+
+def test_average_velocity_of_a_gaussian_in_closed_form():
+    """It satisfies the identity to rounding; it samples exactly in one step, and in several; a wrong one does not."""
+    model, x_t, y = MeanGaussian(), rn(1, 8, 1, 4, 4).double(), torch.tensor([0, 1] * 4)
+    t, r = MeanFlow(every=1).times(8, torch.Generator().manual_seed(0))
+    t, r = t.double(), r.double()
+    x, noise = on_the_path(model, x_t, t, y)
+    objective = MeanFlow(every=1)
+    loss, activations = objective.loss(model, x, y, t, noise, r)
+    assert activations == [] and objective.squared_error.max() < 1e-24 and loss.max() < 1e-20
+    exact = model.mean(y) + model.s * noise
+    for steps in (1, 2, 5):
+        close(objective.sample(model, noise, y, steps), exact, 1e-12)
+
+    def wrong(x, t, y, r):  # constant in x, but not in t: u = (r - t) * 0 + t
+        return torch.ones_like(x) * t.view(-1, 1, 1, 1)
+
+    wrong.forward = wrong
+    loss, _ = objective.loss(wrong, x, y, t, noise, r)
+    v = (x - noise)
+    w, gap = t.view(-1, 1, 1, 1), (r - t).view(-1, 1, 1, 1)
+    error = ((w - (v + gap)) ** 2).flatten(1)  # du/dt = 1
+    close(objective.squared_error, error.mean(1), 1e-12)
+    close(loss, error.sum(1) / (error.sum(1) + 0.01), 1e-12)
+
+
+def test_average_velocity_of_a_point():
+    """All paths end at c, straight: u = (c - x_t) / (1 - t) for any r, on any pair of data and noise."""
+    c = rn(1, 1, 3, 4, 4)
+
+    def point(x, t, y, r):
+        return (c - x) / (1 - t.view(-1, 1, 1, 1))
+
+    point.forward = point
+    objective, noise, y = MeanFlow(), rn(2, 6, 3, 4, 4), torch.zeros(6, dtype=torch.long)
+    torch.manual_seed(0)
+    objective.loss(point, c.expand(6, -1, -1, -1), y)  # draws t, r and noise itself
+    assert objective.squared_error.max() < 1e-10
+    for steps in (1, 3):
+        close(objective.sample(point, noise, y, steps), c.expand(6, -1, -1, -1), 1e-6)
+
+
+def test_mean_flow_with_r_equal_to_t_is_flow_matching():
+    model, x, noise, y = random_model(second_time=True), rn(1, 4, 3, 8, 8), rn(2, 4, 3, 8, 8), torch.arange(4)
+    x, noise, t = x.double(), noise.double(), ru(3, 4).double()
+    flow, (z,) = FlowMatching().loss(model, x, y, t, noise, blocks=(2,))
+    for objective in (MeanFlow(), MeanFlow(every=1)):
+        for r in (None, t):
+            loss, (activation,) = objective.loss(model, x, y, t, noise, r, blocks=(2,))
+            close(objective.squared_error, flow.detach(), 1e-12)
+            close(loss.detach(), (192 * flow / (192 * flow + 0.01)).detach(), 1e-12)
+            assert torch.equal(activation, z)
+    gradient, reference = (torch.autograd.grad(v.sum(), model.final_layer.linear.weight)[0]
+                           for v in (loss, 192 * flow / (192 * flow.detach() + 0.01)))
+    close(gradient, reference, 1e-12)  # the weight is a constant, and the target too
+
+
+def test_mean_flow_target_is_the_directional_derivative():
+    """Against central differences along (x_t, t) -> (x_t + h*v, t + h), r fixed; only samples that move have one."""
+    model, x, noise, y = random_model(second_time=True), rn(1, 8, 3, 8, 8), rn(2, 8, 3, 8, 8), torch.arange(8) % 5
+    x, noise, v = x.double(), noise.double(), (x - noise).double()
+    t, r = (w.double() for w in MeanFlow().times(8, torch.Generator().manual_seed(0)))
+    w, h = t.view(-1, 1, 1, 1), 1e-5
+    x_t = w * x + (1 - w) * noise
+    with torch.no_grad():
+        up, down = (model(x_t + s * v, t + s, y, r)[:, :3] for s in (h, -h))
+        target = v + (r - t).view(-1, 1, 1, 1) * (up - down) / (2 * h)
+    reference = ((model(x_t, t, y, r)[:, :3] - target) ** 2).mean((1, 2, 3))
+    objective = MeanFlow()
+    loss, _ = objective.loss(model, x, y, t, noise, r)
+    close(objective.squared_error, reference.detach(), 1e-7)
+    assert not objective.squared_error.requires_grad
+    gradient, slow_gradient = (torch.autograd.grad(value.sum(), model.blocks[0].mlp.fc1.weight)[0]
+                               for value in (loss, reference / (reference.detach() + 0.01 / 192)))
+    close(gradient, slow_gradient, 1e-7)  # none flows through the target
+    reference = reference.detach()
+    assert ((reference - FlowMatching().loss(lambda *a: model(*a, r), x, y, t, noise)[0])[::4].abs() > 1e-3).all()
+    # any slice of a batch holds at most a quarter of such samples, rounded up, wherever they stand in it
+    for part in (slice(3), slice(1, 4), slice(2, 8), slice(7, 8)):
+        objective.loss(model, x[part], y[part], t[part], noise[part], r[part])
+        close(objective.squared_error, reference[part], 1e-7)
+    objective.loss(model, x[::4], y[::4], t[::4], noise[::4], r[::4])  # but not these two
+    assert objective.squared_error.isnan().sum() == 1
+
+
+def test_mean_flow_guidance():
+    """The guided velocity takes v's place in target and tangent, inside the interval and for labelled samples."""
+    model, y = random_model(second_time=True), torch.tensor([0, 1, 4, 2])  # 4: no label
+    x, noise = rn(1, 4, 3, 8, 8).double(), rn(2, 4, 3, 8, 8).double()
+    t, r = torch.tensor([[0.2, 0.5, 0.5, 0.9], [0.6, 0.5, 0.8, 1.0]], dtype=torch.float64)
+    w = t.view(-1, 1, 1, 1)
+    x_t, v = w * x + (1 - w) * noise, x - noise
+    with torch.no_grad():
+        cond, uncond = model(x_t, t, y, t)[:, :3], model(x_t, t, torch.full((4,), 4), t)[:, :3]
+        v = torch.where(torch.tensor([True, True, False, False]).view(-1, 1, 1, 1),  # the last is outside the interval
+                        1.5 * v + 0.4 * cond - 0.9 * uncond, v)
+        up, down = (model(x_t + s * v, t + s, y, r)[:, :3] for s in (1e-5, -1e-5))
+        target = v + (r - t).view(-1, 1, 1, 1) * (up - down) / 2e-5
+        reference = ((model(x_t, t, y, r)[:, :3] - target) ** 2).mean((1, 2, 3))
+    objective = MeanFlow(every=1, omega=1.5, kappa=0.4, interval=(0.2, 0.8))
+    objective.loss(model, x, y, t, noise, r)
+    close(objective.squared_error, reference, 1e-7)
+    with pytest.raises(ValueError, match="guided in training"):
+        objective.sample(model, noise, y, cfg=2.0)
+    with pytest.raises(ValueError, match="average"):
+        objective.sample(model, noise, y, method="heun")
+
+
+@torch.no_grad()
+def test_mean_flow_sampling_steps():
+    model, noise, y = random_model(second_time=True), rn(1, 2, 3, 8, 8).double(), torch.tensor([0, 4])
+    zero, half, one = (torch.full((2,), w).double() for w in (0.0, 0.5, 1.0))
+    close(MeanFlow().sample(model, noise, y), noise + model(noise, zero, y, one)[:, :3], 1e-12)
+    x = noise + 0.5 * model(noise, zero, y, half)[:, :3]
+    close(MeanFlow().sample(model, noise, y, 2), x + 0.5 * model(x, half, y, one)[:, :3], 1e-12)
+
+
+class NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Wrapped(torch.nn.Module):
+    """Like DistributedDataParallel: holds the network as `module`, and forward-mode AD fails in it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args, **options):
+        self.calls += 1
+        return self.module(NoForwardMode.apply(args[0].requires_grad_()), *args[1:], **options)
+
+
+def test_mean_flow_through_a_wrapped_model():
+    """The derivative goes round the wrapper, and what is trained through it, in a single call."""
+    model, x, y = random_model(second_time=True).float(), rn(1, 4, 3, 8, 8), torch.arange(4)
+    noise, (t, r) = rn(2, 4, 3, 8, 8), MeanFlow().times(4, torch.Generator().manual_seed(0))
+    wrapped = Wrapped(model)
+    for options in ({}, dict(omega=1.5)):
+        wrapped.calls = 0
+        loss, (z,) = MeanFlow(**options).loss(wrapped, x, y, t, noise, r, blocks=(1,))
+        assert torch.equal(loss, MeanFlow(**options).loss(model, x, y, t, noise, r)[0]) and wrapped.calls == 1
+
+
+@pytest.mark.parametrize("guidance", [{}, dict(omega=1.5, kappa=0.5)])
+def test_mean_flow_under_bf16_autocast(guidance):
+    """Close to float32, and every weight gets its gradient although the target casts the same weights under no_grad."""
+    model, x, y = random_model(second_time=True).float(), rn(1, 8, 3, 8, 8), torch.arange(8) % 5
+    noise, (t, r) = rn(2, 8, 3, 8, 8), MeanFlow().times(8, torch.Generator().manual_seed(0))
+    results = []
+    for enabled in (False, True):
+        objective = MeanFlow(**guidance)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, (z,) = objective.loss(model, x, y, t, noise, r, blocks=(2,))
+        (loss.mean() + 0.5 * dispersive_loss(z)).backward()
+        assert loss.dtype == objective.squared_error.dtype == torch.float32
+        results.append((objective.squared_error, {name: p.grad for name, p in model.named_parameters()
+                                                  if name != "pos_embed"}))
+    (error, gradients), (rounded, rounded_gradients) = results
+    close(rounded, error, 0.03)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
+    assert all(gradient is not None for gradient in rounded_gradients.values())
+    close(*(torch.cat([g[name].flatten() for name in gradients]) for g in (rounded_gradients, gradients)), 0.05)
+
+
+def test_diffusion_under_bf16_autocast():
+    model, x, y = random_model().float(), rn(1, 4, 3, 8, 8), torch.arange(4)
+    noise, t = rn(2, 4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    diffusion = GaussianDiffusion()
+    exact, _ = diffusion.loss(model, x, y, t, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, (z,) = diffusion.loss(model, x, y, t, noise, blocks=(2,))
+        sample = diffusion.sample(model, noise, y, 2, "ddpm")
+    assert loss.dtype == sample.dtype == torch.float32 and z.shape == (4, 16, 32)
+    close(loss.detach(), exact.detach(), 0.03)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow()])
+def test_what_is_not_given_is_drawn(objective):
+    model, x, y = random_model(second_time=True).float(), rn(1, 4, 3, 8, 8), torch.arange(4)
+    for noise in (None, rn(2, 4, 3, 8, 8)):  # given the noise, it is the times that differ
+        losses = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            losses.append(objective.loss(model, x, y, noise=noise)[0].detach())
+        assert losses[0].shape == (4,) and torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+def test_repa_loss_is_the_loop_over_tokens():
+    h, target = rn(1, 3, 5, 7), rn(2, 3, 5, 7)
+    cosines = [h[b, t] @ target[b, t] / (h[b, t].norm() * target[b, t].norm()) for b in range(3) for t in range(5)]
+    close(repa_loss(h, target), -sum(cosines) / 15, 1e-6)
+    close(repa_loss(3 * h, h), -1.0, 1e-6)
+    close(repa_loss(h.bfloat16(), target.half()), repa_loss(h.bfloat16().float(), target.half().float()), 1e-7)
+    assert repa_loss(h.double(), target).dtype == torch.float64
+    assert torch.autograd.gradcheck(repa_loss, (h.double().requires_grad_(), target.double()))
+    with pytest.raises(ValueError, match="differ in shape"):
+        repa_loss(h, target[:, :1])
+
+
+def test_repa_projector():
+    projector = repa_projector(6, 4)
+    shapes = [tuple(p.shape) for p in projector.parameters()]
+    assert shapes == [(2048, 6), (2048,), (2048, 2048), (2048,), (4, 2048), (4,)]
+    x = rn(1, 2, 3, 6)
+    h = x
+    for i in (0, 2, 4):
+        h = h @ projector[i].weight.T + projector[i].bias
+        h = h * torch.sigmoid(h) if i < 4 else h
+    close(projector(x).detach(), h.detach(), 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py and sample.py
 
@@ -684,8 +1188,8 @@ def test_without_dispersion_nothing_is_captured(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "dispersive_loss", None)
     captured = []
     forward = DiT.forward
-    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y, blocks=(): (captured.append(len(blocks)),
-                                                                          forward(self, x, t, y, blocks))[1])
+    monkeypatch.setattr(DiT, "forward", lambda self, *args, blocks=(): (captured.append(len(blocks)),
+                                                                        forward(self, *args, blocks=blocks))[1])
     train.main(["--data", str(photos / "cache"), "--steps", "2", *TINY, "--disp", "none", "--out", str(tmp_path)])
     assert captured[:2] == [0, 0]
     assert "disp" not in log_of(tmp_path)[0]
@@ -900,7 +1404,7 @@ def test_a_folder_with_other_images_is_refused(trained, tmp_path, capsys):
     (["--n", "0"], "argument --n"),
     (["--classes", "2"], "--classes 2: expected numbers from 0 to 1 or names such as cat"),
     (["--classes", "cow"], "--classes cow"),
-    (["--method", "rk4"], "argument --method: invalid choice"),
+    (["--method", "rk4"], "--method rk4: expected one of heun, euler, sde for flow"),
     (["--cfg-interval", "0.5", "2"], "argument --cfg-interval: expected float from 0 to 1"),
     (["--cfg-interval", "0.8", "0.2"], "must not decrease"),
     (["--cfg-channels", "4"], "not exceed 3"),
@@ -943,6 +1447,41 @@ def test_training_starts_from_given_weights(photos, trained, tmp_path, capsys):
     base += ["--init", trained / "ckpt.pt", "--out", tmp_path / "x"]
     line = fails(train.main, capsys, *base, "--model", "SiT-XS/4")
     assert "final_layer.linear.bias is (384,) where (96,) is expected" in line
+
+
+@pytest.mark.parametrize("objective, model", [("diffusion", "DiT-XS/8"), ("meanflow", "SiT-XS/8")])
+def test_other_objectives_train_resume_and_sample(objective, model, photos, tmp_path, capsys):
+    base = ["--data", photos / "cache", *TINY, "--model", model, "--disp-blocks", "2,4"]
+    base += ["--objective", objective] * (objective == "meanflow")
+    train.main([*map(str, base), "--steps", "3", "--out", str(tmp_path / "one")])
+    train.main([*map(str, base), "--steps", "1", "--out", str(tmp_path / "again")])
+    train.main([*map(str, base), "--steps", "3", "--out", str(tmp_path / "again")])
+    two = run("train.py", *base, "--steps", 3, "--micro", 8, "--disp-group", 8, "--out", tmp_path / "two", ranks=2)
+    train.main([*map(str, base), "--steps", "3", "--disp-group", "8", "--out", str(tmp_path / "eight")])
+    assert two.returncode == 0, two.stderr
+    assert losses(tmp_path / "one") == losses(tmp_path / "again")
+    close(losses(tmp_path / "two"), losses(tmp_path / "eight"), 1e-5)
+    base = ["--ckpt", tmp_path / "one" / "ckpt.pt", "--n", 2, "--out", tmp_path / "x.npz", "--dtype", "fp32"]
+    capsys.readouterr()
+    refused = {"diffusion": (["--steps", 1001], "ddpm takes 2 to 1000"), "meanflow": (["--cfg", 2], "guided in training")}
+    flags, words = refused[objective]
+    assert words in fails(sample.main, capsys, *base, *flags)
+    sample.main([*map(str, base), "--steps", "4"])
+    net = build_model(model, input_size=16, in_channels=3, num_classes=2, second_time=objective == "meanflow")
+    net.load_state_dict(weights(tmp_path / "one", "ema"))
+    noise = np.stack([np.random.default_rng([0, i]).standard_normal((3, 16, 16), np.float32) for i in range(2)])
+    if objective == "meanflow":  # ddpm's step noise comes from the samples' own generators
+        x = MeanFlow().sample(net, torch.from_numpy(noise), torch.tensor([0, 1]), steps=4)
+        pixels = np.load(tmp_path / "x.npz")["arr_0"].transpose(0, 3, 1, 2).astype(int)
+        assert np.abs(pixels - sample.to_uint8(x).numpy()).max() <= 1
+
+
+def test_mean_flow_starts_from_a_sit(photos, trained, tmp_path):
+    train.main(["--data", str(photos / "cache"), "--steps", "1", *TINY, "--objective", "meanflow", "--lr", "0",
+                "--init", str(trained / "ckpt.pt"), "--out", str(tmp_path)])
+    for name, value in weights(trained, "ema").items():
+        assert torch.equal(weights(tmp_path)[name], value)
+    assert (weights(tmp_path)["r_embedder.mlp.2.weight"] == 0).all()
 
 
 def test_damaged_and_malicious_checkpoints(tmp_path):

@@ -29,10 +29,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-from dispersive import KINDS, MODELS, FlowMatching, build_model, dispersive_floor, dispersive_loss, mean_distance
-from sample import (VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores, default_dtype,
-                    generate, list_images, load_file, load_weights, number, read_image, read_json, refuse_other,
-                    save_grid, start, weights_in)
+from dispersive import KINDS, MODELS, build_model, dispersive_floor, dispersive_loss, mean_distance
+from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores,
+                    default_dtype, default_objective, generate, list_images, load_file, load_weights, number,
+                    read_image, read_json, refuse_other, save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
@@ -52,7 +52,7 @@ def parse(argv):
     data.add_argument("--cache-only", action="store_true", help="stop after caching")
     run = p.add_argument_group("training")
     run.add_argument("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
-    run.add_argument("--objective", choices=["flow"], help="default: by the model's prefix")
+    run.add_argument("--objective", choices=[*OBJECTIVES], help="default: flow for SiT, diffusion for DiT")
     run.add_argument("--epochs", type=number(float, 0), default=80, help="(80)")
     run.add_argument("--steps", type=number(int, 1), help="instead of epochs")
     run.add_argument("--batch", type=number(int, 1), default=256, help="global batch (256)")
@@ -374,13 +374,16 @@ def parse_blocks(text, depth):
 
 
 def initialize(net, path):
-    """Start from a checkpoint's weights. The label embedding stays fresh when the file's is for other classes."""
+    """Start from a checkpoint's weights. The embedding of labels stays fresh when the file's is for other classes, that
+    of MeanFlow's second time when the file has none."""
     state = weights_in(load_file(path))
     table = "y_embedder.embedding_table.weight"
-    if table in state and state[table].shape != net.state_dict()[table].shape:
-        print(f"{path} is for other classes: its label embedding is not used")
-        state = {**state, table: net.state_dict()[table]}
-    load_weights(net, state, path)
+    fresh = {name: value for name, value in net.state_dict().items()
+             if name.startswith("r_embedder.") and name not in state
+             or name == table and name in state and state[name].shape != value.shape}
+    if fresh:
+        print(f"{path} has no fitting {', '.join(fresh)}: fresh")
+    load_weights(net, {**state, **fresh}, path)
 
 
 def load_checkpoint(path, config):
@@ -397,12 +400,13 @@ def train(args, data, rank, world, device):
     if data.shape[-1] % MODELS[args.model]["patch_size"]:
         raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     model_config = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
-    net = build_model(args.model, **model_config)
+    kind = args.objective or default_objective(args.model)
+    net = build_model(args.model, **model_config, second_time=kind == "meanflow")
     if args.init:
         initialize(net, args.init)
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
-    objective = FlowMatching()
+    objective = OBJECTIVES[kind]()
     decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
     blocks = parse_blocks(args.disp_blocks, len(net.blocks)) if args.disp != "none" else []
     group = args.disp_group if blocks else 1
@@ -417,7 +421,7 @@ def train(args, data, rank, world, device):
 
     config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
     config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective="flow", classes=data.classes, vae=data.vae)
+    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective=kind, classes=data.classes, vae=data.vae)
     out = Path(args.out)
     latest = out / "ckpt.pt"
     source = {"none": None, "auto": latest if latest.exists() else None}.get(args.resume, args.resume)
@@ -427,8 +431,8 @@ def train(args, data, rank, world, device):
     if rank == 0:
         prepare_out(out, first, continues=bool(source) and Path(source).resolve() == latest.resolve())
 
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=fused)
+    betas = (0.9, 0.95) if kind == "meanflow" else (0.9, 0.999)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas, weight_decay=0.0, fused=device.type != "mps")
     if checkpoint:
         load_weights(net, checkpoint["model"], source)
         load_weights(ema, checkpoint["ema"], source)
@@ -458,7 +462,7 @@ def train(args, data, rank, world, device):
                 run.log(values, step=values["step"])
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    say(f"model   {args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, flow matching")
+    say(f"model   {args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, objective {kind}")
     say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes")
     say(f"device  {world} x {name}, {dtype}{', compiled' if compiled else ''}")
     say(f"batch   {args.batch} = {world} rank(s) x {share // micro} pass(es) x {micro}; {steps:,} steps, "
@@ -480,17 +484,18 @@ def train(args, data, rank, world, device):
         kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
         labels = torch.from_numpy(kinds.repeat(8))
         images = generate(ema, objective, data.shape, labels, range(len(labels)), args.seed, device, dtype, decode,
-                          steps=25)
+                          steps=1 if kind == "meanflow" else 25)
         save_grid(images.numpy(), grid, columns=8)
 
         count = min(64, len(data))
         entries = np.linspace(0, len(data) - 1, count).astype(int)  # of all classes: a cache is sorted by class
         images, labels = (tensor.to(device) for tensor in data.read(entries, np.zeros(count, bool)))
         generator = stream(args.seed, 0, "probe", device)
-        t = objective.times(count, generator)
+        times = objective.times(count, generator)
+        t, r = times if isinstance(times, tuple) else (times, None)
         noise = torch.randn(count, *data.shape, generator=generator, device=device)
-        with torch.no_grad(), autocast():
-            _, activations = objective.loss(net.forward, data.prepare(images, 0.0), labels, t, noise,
+        with torch.no_grad(), autocast():  # of the EMA, which is not compiled
+            _, activations = objective.loss(ema, data.prepare(images, 0.0), labels, t, noise, r,
                                             blocks=range(1, len(net.blocks) + 1))
         spread = [round(mean_distance(z).item(), 6) for z in activations]
         record(step=step, block_distance=spread)
@@ -506,7 +511,8 @@ def train(args, data, rank, world, device):
 
         x = data.prepare(images, None if data.pixels else draw(torch.randn, "posterior", *data.shape))
         y = torch.where(draw(torch.rand, "label") < LABEL_DROPOUT, net.num_classes, labels)
-        t = objective.times(args.batch, stream(args.seed, step, "time", device))[mine]
+        times = objective.times(args.batch, stream(args.seed, step, "time", device))
+        t, r = (v[mine] for v in times) if isinstance(times, tuple) else (times[mine], None)
         noise = draw(torch.randn, "noise", *data.shape)
         done = step + 1
         is_ckpt = done % args.ckpt_every == 0 or done == steps
@@ -516,12 +522,14 @@ def train(args, data, rank, world, device):
             part = slice(begin, begin + micro)
             with contextlib.nullcontext() if part.stop == share or model is net else model.no_sync():
                 with autocast():
-                    loss, activations = objective.loss(model, x[part], y[part], t[part], noise[part], blocks=blocks)
+                    loss, activations = objective.loss(model, x[part], y[part], t[part], noise[part],
+                                                       None if r is None else r[part], blocks=blocks)
                 loss, disp = loss.mean(), loss.new_zeros(())
                 for z in activations:
                     disp = disp + dispersive_loss(z, args.disp, args.disp_tau, args.disp_margin, group) / len(blocks)
                 ((loss + args.disp_weight * disp) * (micro / share)).backward()
-            sums += torch.stack([loss.detach(), disp.detach()]) * (micro / share)
+            shown_loss = objective.squared_error.mean() if kind == "meanflow" else loss.detach()
+            sums += torch.stack([shown_loss, disp.detach()]) * (micro / share)
             if is_log:
                 for z in activations:
                     distance += mean_distance(z, group) / len(blocks) * (micro / share)
