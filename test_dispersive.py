@@ -1463,7 +1463,8 @@ def test_other_objectives_train_resume_and_sample(objective, model, photos, tmp_
     close(losses(tmp_path / "two"), losses(tmp_path / "eight"), 1e-5)
     base = ["--ckpt", tmp_path / "one" / "ckpt.pt", "--n", 2, "--out", tmp_path / "x.npz", "--dtype", "fp32"]
     capsys.readouterr()
-    refused = {"diffusion": (["--steps", 1001], "ddpm takes 2 to 1000"), "meanflow": (["--cfg", 2], "guided in training")}
+    refused = {"diffusion": (["--steps", 1001], "ddpm takes 2 to 1000"),
+               "meanflow": (["--cfg", 2], "guided in training")}
     flags, words = refused[objective]
     assert words in fails(sample.main, capsys, *base, *flags)
     sample.main([*map(str, base), "--steps", "4"])

@@ -88,7 +88,6 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, and the arrays that training reads
 
-
 # the demo's classes: points and inner radius of a star, turns, and the size of a hole; each is its own mirror image, so
 # that horizontal flips keep the class
 SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0), "frame": (2, 1, 1 / 8, 0.5),
@@ -125,22 +124,16 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-class CropFiles(torch.utils.data.Dataset):
-    """Image files as (row, uint8 (3, size, size), what is wrong with it)."""
-
-    def __init__(self, files, rows, size):
-        self.files, self.rows, self.size = files, rows, size
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = int(self.rows[i])
+def load_crops(files, size, rows):
+    """Files of these rows -> the rows that could be read, their pixels uint8 (B, 3, size, size), [(row, error)]."""
+    good, pixels, bad = [], [], []
+    for row in rows:
         try:
-            image = center_crop(read_image(self.files[row]), self.size)
+            pixels.append(np.array(center_crop(read_image(files[row]), size)).transpose(2, 0, 1))
+            good.append(row)
         except UserError as error:
-            return row, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
-        return row, torch.from_numpy(np.array(image).transpose(2, 0, 1)), ""
+            bad.append((row, str(error)))
+    return good, torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, size, size)), bad
 
 
 class Rows:
@@ -208,15 +201,15 @@ def cache_images(args, rank, world, device):
         vae, shape, dtype = VAE(made_of["vae"]).to(device), (2, 8, args.size // 8, args.size // 8), np.float16
     rows = Rows(target / "latents.npy", (len(files), *shape), dtype, made_of, rank, world)
     workers = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = torch.utils.data.DataLoader(CropFiles(files, rows.todo, args.size), batch_size=64, num_workers=workers)
+    loader = torch.utils.data.DataLoader(rows.todo.tolist(), batch_size=64, num_workers=workers,
+                                         collate_fn=functools.partial(load_crops, files, args.size))
     progress = Progress("caching", len(rows.todo) * world, quiet=rank > 0)
     bad = []
-    for index, pixels, errors in loader:
-        good = np.array([not error for error in errors])
-        values = posteriors(vae, pixels.to(device)).cpu() if vae else pixels
-        rows.write(index.numpy()[good], values.numpy()[good])
-        bad += [(row, error) for row, error in zip(index.tolist(), errors) if error]
-        progress.update(len(index) * world)
+    for good, pixels, errors in loader:
+        if good:
+            rows.write(good, (posteriors(vae, pixels.to(device)).cpu() if vae else pixels).numpy())
+        bad += errors
+        progress.update((len(good) + len(errors)) * world)
     if world > 1:
         everywhere = [None] * world
         dist.all_gather_object(everywhere, bad)
@@ -374,16 +367,15 @@ def parse_blocks(text, depth):
 
 
 def initialize(net, path):
-    """Start from a checkpoint's weights. The embedding of labels stays fresh when the file's is for other classes, that
-    of MeanFlow's second time when the file has none."""
+    """Start from a checkpoint's weights, and say so. The embedding of labels stays fresh when the file's is for other
+    classes, that of MeanFlow's second time when the file has none."""
     state = weights_in(load_file(path))
     table = "y_embedder.embedding_table.weight"
     fresh = {name: value for name, value in net.state_dict().items()
              if name.startswith("r_embedder.") and name not in state
              or name == table and name in state and state[name].shape != value.shape}
-    if fresh:
-        print(f"{path} has no fitting {', '.join(fresh)}: fresh")
     load_weights(net, {**state, **fresh}, path)
+    return f", from {path}" + (f" without {', '.join(fresh)}" if fresh else "")
 
 
 def load_checkpoint(path, config):
@@ -402,8 +394,7 @@ def train(args, data, rank, world, device):
     model_config = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
     kind = args.objective or default_objective(args.model)
     net = build_model(args.model, **model_config, second_time=kind == "meanflow")
-    if args.init:
-        initialize(net, args.init)
+    origin = initialize(net, args.init) if args.init else ""
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     objective = OBJECTIVES[kind]()
@@ -439,9 +430,7 @@ def train(args, data, rank, world, device):
         optimizer.load_state_dict(checkpoint["opt"])
     if compiled:
         net.compile()
-    model = net
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     weights = [p.detach() for p in net.parameters()]
     ema_weights = list(ema.parameters())
 
@@ -462,7 +451,8 @@ def train(args, data, rank, world, device):
                 run.log(values, step=values["step"])
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    say(f"model   {args.model}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters, objective {kind}")
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    say(f"model   {args.model}, {size:.1f}M parameters, objective {kind}{origin}")
     say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes")
     say(f"device  {world} x {name}, {dtype}{', compiled' if compiled else ''}")
     say(f"batch   {args.batch} = {world} rank(s) x {share // micro} pass(es) x {micro}; {steps:,} steps, "
@@ -501,19 +491,18 @@ def train(args, data, rank, world, device):
         record(step=step, block_distance=spread)
         say(f"step {step:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
 
+    def draw(kind, step, purpose, *shape):
+        """This rank's slice of what is drawn for the whole global batch."""
+        return kind(args.batch, *shape, generator=stream(args.seed, step, purpose, device), device=device)[mine]
+
     sums, logged = torch.zeros(2, device=device), first
     started = shown = time.time()
     for step, images, labels in batches(data, first, steps, args.batch, mine, args.seed, device):
-        def draw(kind, purpose, *shape):
-            """This rank's slice of what is drawn for the whole global batch."""
-            generator = stream(args.seed, step, purpose, device)
-            return kind(args.batch, *shape, generator=generator, device=device)[mine]
-
-        x = data.prepare(images, None if data.pixels else draw(torch.randn, "posterior", *data.shape))
-        y = torch.where(draw(torch.rand, "label") < LABEL_DROPOUT, net.num_classes, labels)
+        x = data.prepare(images, None if data.pixels else draw(torch.randn, step, "posterior", *data.shape))
+        y = torch.where(draw(torch.rand, step, "label") < LABEL_DROPOUT, net.num_classes, labels)
         times = objective.times(args.batch, stream(args.seed, step, "time", device))
         t, r = (v[mine] for v in times) if isinstance(times, tuple) else (times[mine], None)
-        noise = draw(torch.randn, "noise", *data.shape)
+        noise = draw(torch.randn, step, "noise", *data.shape)
         done = step + 1
         is_ckpt = done % args.ckpt_every == 0 or done == steps
         is_log = done % args.log_every == 0 or is_ckpt  # before a checkpoint, to see that the loss is finite
