@@ -156,21 +156,29 @@ def test_contrastive_loss_of_nearly_equal_views():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_at_full_activation_size(kind):
-    """B = 256, 256 x 768, against float64; the reference's Gram matrix needs no loop and is exact enough there."""
+    """B = 256, 256 x 768, in value and gradient against float64; a Gram matrix is exact enough there."""
     z = rn(3, 256, 256 * 768)
-    with torch.autocast("cpu", torch.bfloat16):  # the loss stays in float32 all the same
-        value = dispersive_loss(z.view(256, 256, 768), kind)
-    z = z.double()
-    if kind == "covariance":
-        z = (z - z.mean(0)) / z.std(0, unbiased=False)
-        reference = ((z @ z.T).square().sum() / 256 ** 2 - z.shape[1]) / (z.shape[1] * (z.shape[1] - 1))
-    else:
-        gram = z @ z.T
+
+    def inside_autocast(v):  # the loss stays in float32 all the same
+        with torch.autocast("cpu", torch.bfloat16):
+            return dispersive_loss(v.view(256, 256, 768), kind)
+
+    def reference(v):
+        v = v.double()
+        if kind == "covariance":
+            v = (v - v.mean(0)) / v.std(0, unbiased=False)
+            return ((v @ v.T).square().sum() / 256 ** 2 - v.shape[1]) / (v.shape[1] * (v.shape[1] - 1))
+        gram = v @ v.T
         norm = gram.diagonal()
-        l2, cosine = (norm[:, None] + norm - 2 * gram) / z.shape[1], gram / (norm[:, None] * norm).sqrt()
+        l2, cosine = (norm[:, None] + norm - 2 * gram) / v.shape[1], gram / (norm[:, None] * norm).sqrt()
         d = -cosine if kind == "cosine" else l2
-        reference = (1 - d).clamp(min=0).square().mean() if kind == "hinge" else (-d / 0.5).exp().mean().log()
-    close(value, reference, 1e-5)
+        return (1 - d).clamp(min=0).square().mean() if kind == "hinge" else (-d / 0.5).exp().mean().log()
+
+    z = 0.6 * z  # so that pairs lie within the hinge's margin
+    value, (gradient,) = value_and_gradient(inside_autocast, z)
+    expected, (slow_gradient,) = value_and_gradient(reference, z)
+    close(value, expected, 1e-5)
+    close(gradient, slow_gradient, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,6 +263,12 @@ def test_loss_section_stands_alone():
     exec("#" + source.rsplit("# ---", 1)[0], names)
     for kind in KINDS:
         close(names["dispersive_loss"](rn(1, 8, 8), kind), dispersive_loss(rn(1, 8, 8), kind), 0)
+
+
+def test_the_loss_to_paste_from_the_readme_is_the_loss():
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S).group(1), names)
+    close(names["dispersive_loss"](rn(1, 8, 3, 5)), dispersive_loss(rn(1, 8, 3, 5)), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,10 @@ class Rows:
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: latents.npy, labels.npy (-1: left out) and meta.json."""
     folder, target = Path(args.images), Path(args.data)
-    files = [file for file in list_images(folder) if file.parent != folder]
+    found = list_images(folder)
+    files = [file for file in found if file.parent != folder]
+    if rank == 0 and len(files) < len(found):
+        print(f"{len(found) - len(files)} images outside the class folders are left out", file=sys.stderr)
     if not files:
         raise UserError(f"--images {folder}: expected class folders that hold images, found images without a class")
     relative = [file.relative_to(folder) for file in files]
