@@ -1,6 +1,11 @@
-"""Sample images from a checkpoint of one's own or a published DiT/SiT file, on one process or under torchrun.
+"""Sample images from a checkpoint of one's own or a published DiT or SiT file.
 
-In this file: the helpers that all three command lines share (errors, ranks, progress, files, weights), and sampling.
+    python sample.py --ckpt out/ckpt.pt --out samples
+    torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
+    python sample.py --ckpt SiT-XL-2-256x256.pt --model SiT-XL/2 --cfg 4 --vae ema --classes 207,360,387,974 --n 8
+
+In this file: the helpers that the three command lines share (errors, ranks, progress, files, weights), Stable
+Diffusion's VAE, and sampling. Sample i depends on --seed and i alone, whatever the batch size and the number of ranks.
 """
 import argparse
 import contextlib
@@ -460,21 +465,17 @@ def save_grid(images, path, columns):
         image.resize((image.width * zoom, image.height * zoom), Image.NEAREST).save(file, "PNG")
 
 
-class SampleNoise:
-    """The noise of samples `indices`: each has a generator of its own, so it depends on (seed, index) alone."""
-
-    def __init__(self, seed, indices, shape, device):
-        self.generators = [np.random.default_rng([seed, index]) for index in indices]
-        self.shape, self.device = shape, device
-
-    def __call__(self, step=None):
-        noise = np.stack([g.standard_normal(self.shape, np.float32) for g in self.generators])
-        return torch.from_numpy(noise).to(self.device)
-
-
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
-    """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample."""
-    noise = SampleNoise(seed, indices, shape, device)
+    """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample.
+
+    Each sample has a noise generator of its own, so that it depends on (seed, index) alone.
+    """
+    generators = [np.random.default_rng([seed, index]) for index in indices]
+
+    def noise(step=None):
+        draws = [generator.standard_normal(shape, np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
         return to_uint8(x if decode is None else decode(x)).cpu()

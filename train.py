@@ -192,10 +192,8 @@ def cache_images(args, rank, world, device):
     names = sorted({path.parts[0] for path in relative})
     listing = zlib.crc32("\n".join(map(str, relative)).encode())
     made_of = dict(size=args.size, vae=args.vae or "ema", images=f"{len(files)} files ({listing:08x})")
-    meta = dict(classes=names, **made_of)
     if (target / "latents.npy").exists():
-        refuse_other(f"--data {target}", read_json(target / "meta.json"), made_of)
-        return
+        return refuse_other(f"--data {target}", read_json(target / "meta.json"), made_of)
     if made_of["vae"] == "none":
         vae, shape, dtype = None, (3, args.size, args.size), np.uint8
     elif args.size % 8:
@@ -218,10 +216,10 @@ def cache_images(args, rank, world, device):
         dist.all_gather_object(everywhere, bad)
         bad = sorted(sum(everywhere, []))
     if bad and not args.skip_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         for _, error in bad if rank == 0 else []:
             print(error, file=sys.stderr)
-        raise UserError(f"{bad[0][1]}{more}: mend or remove them, or pass --skip-bad; what is cached already is kept")
+        raise UserError(f"--images {folder}: {len(bad)} unreadable, named above: mend or remove them, or pass "
+                        f"--skip-bad; what is cached already is kept")
     if rank == 0:
         labels = np.searchsorted(names, [path.parts[0] for path in relative])
         labels[[row for row, _ in bad]] = -1
@@ -230,7 +228,7 @@ def cache_images(args, rank, world, device):
         with atomic(target / "labels.npy") as file:
             np.save(file, labels)
         with atomic(target / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+            file.write(json.dumps(dict(classes=names, **made_of), indent=1).encode())
         rows.finish()  # last: latents.npy is there only when everything is
     barrier()
 
