@@ -70,8 +70,6 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
     n = z.shape[-2]
     distance = _distances(torch.cat([z, z_pos], -2), kind)[..., :n, n:]
     positive = distance.diagonal(dim1=-2, dim2=-1)
-    if kind != "cosine":
-        positive = (z - z_pos).square().mean(-1)  # the views may be too close for the Gram matrix to tell apart
     if kind == "hinge":
         return positive.square().mean() + (margin - distance).relu().square().mean()
     itself = torch.eye(n, dtype=torch.bool, device=z.device)

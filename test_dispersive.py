@@ -146,14 +146,6 @@ def test_contrastive_loss_is_the_pairwise_loop(kind, case):
         close(torch.cat(gradients), torch.cat(slow_gradients), 1e-4)
 
 
-def test_contrastive_loss_of_nearly_equal_views():
-    """Positive distances of 1e-8 must survive beside negative ones of order 1."""
-    z = rn(1, 6, 40) * 1.5
-    z_pos = z + 1e-4 * rn(2, 6, 40)
-    for kind in ("infonce", "hinge"):
-        close(contrastive_loss(z, z_pos, kind), slow_contrastive(z, z_pos, kind), 1e-4)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_at_full_activation_size(kind):
     """B = 256, 256 x 768, in value and gradient against float64; a Gram matrix is exact enough there."""
@@ -210,9 +202,10 @@ def test_low_precision_is_promoted_and_shapes_are_flattened():
 
 
 def test_constant_features_have_no_correlation_and_no_nan():
-    z = torch.cat([rn(9, 8, 5), torch.full((8, 3), 0.1)], 1)
+    z = torch.cat([rn(9, 9, 5), torch.full((9, 3), 0.1)], 1)
+    assert z.mean(0)[5] != z[0, 5]  # float32 misses the mean of a constant
     value, (gradient,) = value_and_gradient(lambda v: dispersive_loss(v, "covariance"), z)
-    close(value, slow_dispersive(torch.cat([z[:, :5], torch.zeros(8, 3)], 1), "covariance"), 1e-5)
+    close(value, slow_dispersive(torch.cat([z[:, :5], torch.zeros(9, 3)], 1), "covariance"), 1e-5)
     assert gradient.isfinite().all() and (gradient[:, 5:] == 0).all()
     same = torch.ones(4, 6)
     for kind in KINDS:
@@ -1366,12 +1359,12 @@ def test_samples_depend_on_seed_and_index_alone(trained, tmp_path):
 
 
 def test_sampling_is_the_ema_models_flow(trained, tmp_path):
-    """Sample 1 written out: its noise, label 1, two Heun intervals with the EMA weights, DiT's rounding."""
-    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--n", "2", "--steps", "2", "--dtype", "fp32", "--seed", "3",
+    """Sample 3 written out: its noise, label 1, two Heun intervals with the EMA weights, DiT's rounding."""
+    sample.main(["--ckpt", str(trained / "ckpt.pt"), "--n", "4", "--steps", "2", "--dtype", "fp32", "--seed", "3",
                  "--out", str(tmp_path / "x.npz")])
     net = build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=2)
     net.load_state_dict(weights(trained, "ema"))
-    x = torch.from_numpy(np.random.default_rng([3, 1]).standard_normal((3, 16, 16), np.float32))[None]
+    x = torch.from_numpy(np.random.default_rng([3, 3]).standard_normal((3, 16, 16), np.float32))[None]
     with torch.no_grad():
         def v(x, t):
             return net(x, torch.full((1,), t), torch.tensor([1]))[:, :3]
@@ -1379,7 +1372,7 @@ def test_sampling_is_the_ema_models_flow(trained, tmp_path):
             k = v(x, t)
             x = x + 0.25 * (k + v(x + 0.5 * k, t + 0.5))
     expected = (127.5 * x[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(np.load(tmp_path / "x.npz")["arr_0"][1] - expected).max() <= 1
+    assert np.abs(np.load(tmp_path / "x.npz")["arr_0"][3] - expected).max() <= 1
 
 
 def test_interrupted_sampling_continues_with_the_same_flags_only(trained, tmp_path, monkeypatch, capsys):
