@@ -32,6 +32,7 @@ from dispersive import (KINDS, DiT, FlowMatching, GaussianDiffusion, MeanFlow, b
                         dispersive_floor, dispersive_loss, mean_distance, repa_loss, repa_projector)
 from sample import UserError
 
+torch.set_num_threads(1)  # the work is small, and threads that wait for each other crawl on a busy machine
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "shared" / "golden"
 
