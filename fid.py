@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import backends, nn
 
 from sample import (Parser, Progress, UserError, atomic, command, cpu_cores, fetch, first_line, list_images, load_file,
-                    load_weights, read_image, start)
+                    load_weights, number, read_image, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 PAIRS = {"mu": "sigma", "mu_s": "sigma_s"}  # ADM's names of mean and covariance, of pool and of spatial features
@@ -433,11 +433,9 @@ def main(argv=None):
     parser.add_argument("--weights", metavar="FILE", help="Inception weights (default: torch's hub cache, else a "
                         "download); 'random': a network of a fixed seed, to try the pipeline")
     parser.add_argument("--save", metavar="FILE", help="keep the reference's statistics in this .npz for next time")
-    parser.add_argument("--batch", type=int, default=64, help="images per forward pass and rank (default 64)")
+    parser.add_argument("--batch", type=number(int, 1), default=64, help="images a forward pass and rank (default 64)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise UserError("--batch must be at least 1")
     rank, world, device = start(args.device)
     samples, reference = sides = Side(args.samples), Side(args.reference)
 
