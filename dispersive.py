@@ -610,8 +610,8 @@ class MeanFlow:
     def target(self, net, x_t, y, t, r, v):
         """The MeanFlow identity, eq. 6 of the paper: v + (r - t) * du/dt along the path equals the average velocity u.
 
-        Forward-mode differentiation passes neither through DistributedDataParallel, nor through compiled code (which
-        net.forward is not, after net.compile()), nor through fused attention.
+        Forward-mode differentiation passes neither through DistributedDataParallel, nor through compiled code, nor
+        through fused attention.
         """
         channels = x_t.shape[1]
         if (self.omega, self.kappa) != (1, 0):
@@ -623,7 +623,7 @@ class MeanFlow:
                             self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond, v)
         # the rows with r != t, as many as there may be: counting them would wait for the device
         rows = (r != t).float().topk(-(-len(t) // self.every)).indices
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             _, derivative = torch.func.jvp(lambda x, t: net.forward(x, t, y[rows], r[rows])[:, :channels],
                                            (x_t[rows], t[rows]), (v[rows], torch.ones_like(t[rows])))
         torch.clear_autocast_cache()  # older versions of torch keep the weights cast here, which have no gradient

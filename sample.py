@@ -178,6 +178,20 @@ def atomic(path):
         raise
 
 
+def lock(folder):
+    """Keep other processes out of a folder until this one ends, however it ends, or the returned file is closed."""
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is writing there") from None
+    return file
+
+
 def fetch(url, flag, sha256=None, name=None):
     """Path of a published file in torch's hub cache; downloaded once per node, its SHA-256 (or a prefix) checked."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[-1])

@@ -1244,7 +1244,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(photos, tmp_path, capsys)
     torch.save(checkpoint, tmp_path / "sick.pt")
     capsys.readouterr()
     line = fails(train.main, capsys, *base, "--steps", 3, "--resume", tmp_path / "sick.pt")
-    assert "at step 2 the loss is nan" in line and "--lr" in line
+    assert "step 2: not finite: regression loss, gradient; no update" in line and "--lr" in line
     assert (tmp_path / "old1" / "ckpt.pt").read_bytes() == before and not (tmp_path / "ckpt.pt").exists()
 
 
@@ -1324,7 +1324,7 @@ def test_starting_afresh_keeps_the_old_run(photos, trained, tmp_path):
 ])
 def test_bad_flags_of_training(args, words, tmp_path, capsys):
     assert words in fails(train.main, capsys, "--out", tmp_path / "out", *args)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock"}
 
 
 def test_errors_come_once_under_torchrun(tmp_path):

@@ -18,8 +18,12 @@ import itertools
 import json
 import math
 import os
+import shutil
+import signal
+import struct
 import sys
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,17 +32,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
 
-from dispersive import KINDS, MODELS, build_model, dispersive_floor, dispersive_loss, mean_distance
+from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
+                        mean_distance, repa_loss, repa_projector)
 from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores,
-                    default_dtype, default_objective, generate, list_images, load_file, load_weights, number,
-                    read_image, read_json, refuse_other, save_grid, start, weights_in)
+                    default_dtype, default_objective, first_line, generate, list_images, load_file, load_weights, lock,
+                    number, read_image, read_json, refuse_other, save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
+CKPT = "ckpt.pt", "ckpt.prev.pt"  # the latest, and the one before
+NEVER = 2 ** 62  # the first bad step of a run without one
 # what may differ when a run is resumed; the data is compared by content
-MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb", "resume",
-              "out", "data", "images", "cache_only", "skip_bad", "size", "vae"}
+MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every",
+              "wandb", "resume", "out", "data", "val", "images", "cache_only", "skip_bad", "size", "vae", "bench"}
 
 
 def parse(argv):
@@ -50,6 +58,7 @@ def parse(argv):
     data.add_argument("--vae", help="ema, mse or a file: keep Stable Diffusion's latents (ema); none: keep the pixels")
     data.add_argument("--skip-bad", action="store_true", help="leave out unreadable images instead of stopping")
     data.add_argument("--cache-only", action="store_true", help="stop after caching")
+    data.add_argument("--val", metavar="DIR", help="held-out data: log the regression loss of a batch of it, too")
     run = p.add_argument_group("training")
     run.add_argument("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
     run.add_argument("--objective", choices=[*OBJECTIVES], help="default: flow for SiT, diffusion for DiT")
@@ -71,15 +80,31 @@ def parse(argv):
     disp.add_argument("--disp-margin", type=number(float, 0), default=1.0, help="of the hinge (1.0)")
     disp.add_argument("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
     disp.add_argument("--disp-group", type=number(int, 2), default=16, help="samples compared with each other (16)")
+    compared = p.add_argument_group("what it is compared with")
+    compared.add_argument("--contrastive", choices=["independent", "dependent"], help="contrast with a second view of "
+                          "each image, of its own noise and time, or of the same noise and a time within 0.005")
+    compared.add_argument("--repa", metavar="FILE", help="align a block with an encoder's features, an .npy "
+                          "(N, tokens, D), or (N, 2, tokens, D) with those of the mirror images")
+    compared.add_argument("--repa-weight", type=number(float, 0), default=0.5, help="(0.5)")
+    compared.add_argument("--repa-block", type=number(int, 1), default=8, help="(8)")
+    compared.add_argument("--meanflow-omega", type=number(float, 0), default=1.0, help="MeanFlow's guidance in "
+                          "training, of effective scale omega / (1 - kappa) (1: none)")
+    compared.add_argument("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="(0)")
+    compared.add_argument("--meanflow-interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0],
+                          metavar=("FROM", "TO"), help="times of that guidance; 0 is noise, 1 is data (0 1)")
     out = p.add_argument_group("output")
     out.add_argument("--out", default="out", help="directory of ckpt.pt, log.jsonl and samples/ (out)")
     out.add_argument("--log-every", type=number(int, 1), default=100, help="(100)")
     out.add_argument("--ckpt-every", type=number(int, 1), default=5000, help="(5000)")
     out.add_argument("--sample-every", type=number(int, 1), default=10000, help="(10000)")
+    out.add_argument("--snapshot-every", type=number(int, 1), help="also keep the EMA of every so many steps")
     out.add_argument("--resume", default="auto", help="auto: continue --out; none: start afresh; or a file (auto)")
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    out.add_argument("--bench", type=number(int, 1), metavar="N", help="only measure speed and memory, in N steps; "
+                     "without --data on random latents of ImageNet's shape")
     args = p.parse_args(argv)
-    if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
+    if not args.data and not args.images and not args.bench:
+        # the demo: its values replace the defaults, not what the user says
         p.set_defaults(**DEMO)
         args = p.parse_args(argv)
     return args
@@ -259,6 +284,19 @@ class Data:
         self.hash = zlib.crc32(labels.tobytes() + meta.encode())
         self.pixels = latents.dtype == np.uint8
         self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
+        self.features, self.mirrors = None, True
+
+    def add_features(self, path, tokens):
+        """Read an encoder's features, too: (N, T, D), which rules out mirror images, or (N, 2, T, D), with theirs."""
+        features, n = open_data(path), len(self.labels)
+        self.features = features[:, None] if features.ndim == 3 else features
+        self.mirrors = features.ndim == 4
+        views = self.features.shape[1:2] == ((2,) if self.mirrors else (1,))
+        if features.dtype.kind != "f" or self.features.ndim != 4 or not views or self.features.shape[2] != tokens \
+                or len(features) != n or not features.shape[-1]:
+            raise UserError(f"--repa {path}: is {features.dtype} {features.shape}, where floats ({n}, {tokens}, D) or "
+                            f"({n}, 2, {tokens}, D) are expected, a row for each of the data's and a token for each "
+                            f"of the model's")
 
     @classmethod
     def open(cls, folder):
@@ -287,14 +325,17 @@ class Data:
         return len(self.rows)
 
     def read(self, entries, flips):
-        """Arrays of the entries, mirrored where flips says, and their labels, as tensors."""
+        """Arrays of the entries, mirrored where flips says, their labels, and their features if any, as tensors."""
         rows = self.rows[entries]
         if self.pixels:
             images = np.ascontiguousarray(self.latents[rows])
             images[flips] = images[flips, ..., ::-1]
         else:
             images = self.latents[rows, flips.astype(int)]
-        return torch.from_numpy(images), torch.from_numpy(self.labels[rows])
+        arrays = [images, self.labels[rows]]
+        if self.features is not None:
+            arrays.append(self.features[rows, flips.astype(int)])
+        return [torch.from_numpy(array) for array in arrays]
 
     def prepare(self, images, noise):
         """On the device: pixels to [-1, 1], or a draw from the posterior with this noise."""
@@ -316,9 +357,13 @@ def batch_entries(seed, step, batch, n):
 
 
 def batches(data, first, last, batch, mine, seed, device):
-    """Yield (step, images, labels), this rank's slice `mine` of every global batch; a thread reads one step ahead."""
+    """Yield (step, images, labels, features if any), this rank's slice `mine` of every global batch.
+
+    A thread reads one step ahead.
+    """
     def read(step):
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
+        flips &= data.mirrors
         tensors = data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine])
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread starts on GPU 0
@@ -379,199 +424,527 @@ def initialize(net, path):
     return f", from {path}" + (f" without {', '.join(fresh)}" if fresh else "")
 
 
+class Trainer:
+    """What a run carries from step to step (model, EMA, optimiser, REPA's projector), and the step."""
+
+    def __init__(self, args, data, rank, world, device):
+        torch.manual_seed(args.seed)
+        self.args, self.data, self.world, self.device = args, data, world, device
+        if data.shape[-1] % MODELS[args.model]["patch_size"]:
+            raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
+        sizes = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
+        self.kind = args.objective or default_objective(args.model)
+        guidance = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=tuple(args.meanflow_interval))
+        self.objective = MeanFlow(**guidance) if self.kind == "meanflow" else OBJECTIVES[self.kind]()
+        self.net = build_model(args.model, **sizes, second_time=self.kind == "meanflow")
+        self.origin = initialize(self.net, args.init) if args.init else ""
+        self.net.to(device)
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.blocks = parse_blocks(args.disp_blocks, len(self.net.blocks)) if args.disp != "none" else []
+        self.group = args.disp_group if self.blocks else 1
+        self.micro = check_batch(args.batch, world, args.micro, self.group)
+        self.share = args.batch // world
+        self.mine = slice(rank * self.share, (rank + 1) * self.share)
+        self.projector = None
+        if args.repa:
+            parse_blocks(str(args.repa_block), len(self.net.blocks))
+            self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1]).to(device)
+        modules = [self.net, self.projector] if self.projector else [self.net]
+        self.weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+        betas = (0.9, 0.95) if self.kind == "meanflow" else (0.9, 0.999)
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, betas, weight_decay=0.0, fused=True)
+        self.dtype = args.dtype or default_dtype(device)
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+        self.compiled = device.type == "cuda" if args.compile is None else args.compile
+        if self.compiled:  # block by block: one compilation serves all, and gradients are exchanged during backward
+            for block in self.net.blocks:
+                block.compile()
+        parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
+        self.model = parallel(self.net) if world > 1 else self.net
+        self.project = parallel(self.projector) if world > 1 and self.projector else self.projector
+        self.choose_blocks(self.blocks)
+        self.mark = lambda phase: None  # --bench puts a stopwatch here
+        self.config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
+        self.config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        self.config |= dict(sizes, dtype=self.dtype, disp_blocks=self.blocks, objective=self.kind,
+                            classes=data.classes, vae=data.vae)
+
+    def choose_blocks(self, blocks):
+        """Disperse these blocks from now on."""
+        self.blocks = blocks
+        self.terms = {"loss": 1.0}  # what the training loss is the weighted sum of
+        if blocks:
+            self.terms["disp"] = self.args.disp_weight
+        if self.projector:
+            self.terms["repa"] = self.args.repa_weight
+        self.factors = torch.tensor([*self.terms.values()], device=self.device)
+        self.first_bad = torch.full((len(self.terms) + 1,), NEVER, device=self.device)
+
+    def draw(self, kind, step, purpose, *shape):
+        """This rank's slice of what is drawn for the whole global batch."""
+        generator = stream(self.args.seed, step, purpose, self.device)
+        return kind(self.args.batch, *shape, generator=generator, device=self.device)[self.mine]
+
+    def view(self, step, suffix):
+        """Times and noise of a view of the images; r is MeanFlow's alone."""
+        times = self.objective.times(self.args.batch, stream(self.args.seed, step, "time" + suffix, self.device))
+        t, r = times if isinstance(times, tuple) else (times, times)
+        return dict(t=t[self.mine], r=r[self.mine],
+                    noise=self.draw(torch.randn, step, "noise" + suffix, *self.data.shape))
+
+    def inputs(self, step, images, labels, suffix="", dropout=LABEL_DROPOUT):
+        """What the objective's loss takes, for this rank's share of the batch."""
+        posterior = None if self.data.pixels else self.draw(torch.randn, step, "posterior" + suffix, *self.data.shape)
+        dropped = self.draw(torch.rand, step, "label" + suffix) < dropout
+        return dict(x=self.data.prepare(images, posterior), y=torch.where(dropped, self.net.num_classes, labels),
+                    **self.view(step, suffix))
+
+    def second_view(self, step, first):
+        """The same images once more, for contrastive losses; it carries no regression loss, and MeanFlow's r is t."""
+        if self.args.contrastive == "independent":
+            view = self.view(step, "2")
+        else:
+            last = 999 if self.kind == "diffusion" else 1  # a step number, or SiT's time
+            t = first["t"] + 0.005 * last * (2 * self.draw(torch.rand, step, "time2") - 1)
+            t = (t if last == 1 else t.round().long()).clamp(0, last)
+            view = dict(t=t, noise=first["noise"])
+        return {**first, **view, "r": view["t"]}
+
+    def regress(self, model, views, part, blocks=()):
+        """The objective's loss of some samples, the same as it is logged, and the activations of all their views."""
+        inputs = {name: torch.cat([view[name][part] for view in views]) for name in views[0]}
+        with self.autocast():
+            loss, activations = self.objective.loss(model, **inputs, blocks=blocks)
+        shown = self.objective.squared_error if self.kind == "meanflow" else loss.detach()
+        first = len(loss) // len(views)
+        return loss[:first].mean(), shown[:first].mean(), activations
+
+    def disperse(self, z):
+        """The dispersive loss of a block's activations, or the contrastive one of two views of them."""
+        a = self.args
+        if a.contrastive:
+            return contrastive_loss(*z.chunk(2), a.disp, a.disp_tau, a.disp_margin, group=self.group)
+        return dispersive_loss(z, a.disp, a.disp_tau, a.disp_margin, self.group)
+
+    def step(self, step, images, labels, features=None, with_distance=False):
+        """One update -> the loss terms (as many as self.terms) and the blocks' mean distance, of this rank's share."""
+        views = [self.inputs(step, images, labels)]
+        if self.args.contrastive:
+            views.append(self.second_view(step, views[0]))
+        captured = sorted({*self.blocks, *([self.args.repa_block] if self.project else [])})
+        shown = torch.zeros(len(self.terms) + 1, device=self.device)
+        self.mark("draws")
+        for begin in range(0, self.share, self.micro):
+            part, fraction = slice(begin, begin + self.micro), self.micro / self.share
+            with contextlib.ExitStack() as exchange:
+                for module in (self.model, self.project) if part.stop < self.share else ():
+                    if hasattr(module, "no_sync"):
+                        exchange.enter_context(module.no_sync())
+                loss, shown_loss, activations = self.regress(self.model, views, part, captured)
+                z, terms = dict(zip(captured, activations)), [loss]
+                self.mark("forward")
+                if self.blocks:
+                    terms.append(sum(self.disperse(z[block]) for block in self.blocks) / len(self.blocks))
+                self.mark("dispersion")
+                if self.project:
+                    with self.autocast():
+                        projected = self.project(z[self.args.repa_block][:self.micro])
+                    terms.append(repa_loss(projected, features[part]))
+                    self.mark("alignment")
+                terms = torch.stack(terms)
+                total = terms @ self.factors
+                # a loss that is not finite on one rank must make the gradients of all ranks so
+                total.backward(torch.where(total.isfinite(), fraction, math.nan))
+                self.mark("backward")
+            terms = torch.cat([shown_loss[None], terms[1:].detach()])
+            distance = sum(mean_distance(z[block][:self.micro], self.group) for block in self.blocks) \
+                / len(self.blocks) if with_distance and self.blocks else terms.new_zeros(())
+            shown += torch.cat([terms, distance[None]]) * fraction
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.weights])
+        if self.args.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.args.grad_clip, norm)
+        finite = torch.cat([shown[:-1], norm[None]]).isfinite()
+        self.first_bad = torch.minimum(self.first_bad, torch.where(finite, NEVER, step + 1))
+        self.optimizer.found_inf = (self.first_bad[-1] < NEVER).float()  # skips the update, without waiting to know
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.mark("optimiser")
+        decay = min(self.args.ema, (1 + step) / (10 + step))  # warmed up, so that a short run's EMA forgets its start
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.ema.parameters()], [*self.net.parameters()], 1 - decay)
+        self.mark("EMA")
+        return shown
+
+    @torch.no_grad()
+    def validate(self, images, labels):
+        """The regression loss of this rank's share of a batch, under fixed draws and with the labels, a scalar."""
+        views = [self.inputs(0, images, labels, " val", 0.0)]
+        parts = [slice(begin, begin + self.micro) for begin in range(0, self.share, self.micro)]
+        return torch.stack([self.regress(self.net, views, part)[1] for part in parts]).mean()
+
+    def state(self, step):
+        modules = dict(model=self.net, ema=self.ema, opt=self.optimizer)
+        if self.projector:
+            modules["projector"] = self.projector
+        return {**{name: module.state_dict() for name, module in modules.items()}, "step": step, "config": self.config}
+
+    def load(self, checkpoint, path):
+        load_weights(self.net, checkpoint["model"], path)
+        load_weights(self.ema, checkpoint["ema"], path)
+        if self.projector:
+            load_weights(self.projector, checkpoint["projector"], path)
+        self.optimizer.load_state_dict(checkpoint["opt"])
+
+    def check(self):
+        """UserError, on all ranks alike, if anything was not finite up to here. Waits for the device."""
+        if self.world > 1:
+            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
+        first = self.first_bad.tolist()
+        if min(first) < NEVER:
+            names = dict(loss="regression loss", disp="dispersive loss", repa="alignment loss", gradient="gradient")
+            bad = [names[term] for term, step in zip([*self.terms, "gradient"], first) if step == min(first)]
+            raise UserError(f"step {min(first):,}: not finite: {', '.join(bad)}; no update has been made since. Try a "
+                            f"smaller --lr, --grad-clip 1 or --dtype fp32; checkpoints written before are whole")
+
+    def check_ranks(self, step):
+        """UserError if the ranks do not hold the same bits, which they do unless hardware or network is at fault."""
+        if self.world == 1:
+            return
+        sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.weights])
+        ends = torch.cat([sums, -sums])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest, and minus the least
+        if (ends[:len(sums)] + ends[len(sums):]).any():
+            raise UserError(f"step {step:,}: the ranks hold different weights, so hardware or network is at fault; the "
+                            f"checkpoint before is as it was")
+
+class Stop:
+    """SIGTERM (preemption) and SIGINT (Ctrl-C) end a run after a step that all ranks agree on; a second one, at once.
+
+    Every rank calls `agreed` after every step. Nobody waits: the ranks exchange what they have received over the CPU,
+    while the next step runs.
+    """
+
+    def __init__(self, world):
+        self.received, self.since = 0, 0.0
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.shared, self.exchange = torch.zeros(1, dtype=torch.int32), None
+
+    def __enter__(self):
+        self.before = {which: signal.signal(which, self.receive) for which in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+    def receive(self, which, frame):
+        if not self.received:
+            self.received, self.since = which, time.monotonic()
+        elif time.monotonic() - self.since > 1:  # torchrun passes on at once what the terminal has sent already
+            os._exit(128 + which)
+
+    def agreed(self):
+        """The number of the signal that ends the run with this step, or 0."""
+        if self.group is None:
+            return self.received
+        if self.exchange:
+            self.exchange.wait()
+        agreed = int(self.shared)
+        self.shared.fill_(self.received)
+        self.exchange = dist.all_reduce(self.shared, dist.ReduceOp.MAX, self.group, async_op=True)
+        return agreed
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+def verify(path):
+    """Damaged unless every byte of a checkpoint is as it was written, by the checksums of its archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, struct.error) as error:
+        wrong = first_line(error)
+    if wrong:
+        raise Damaged(f"{path}: damaged ({wrong})")
+
+
 def load_checkpoint(path, config):
-    """A checkpoint of this file whose config does not contradict the present one."""
+    """A checkpoint of this file, whole, whose config does not contradict the present one."""
     checkpoint = load_file(path)
     if not {"model", "ema", "opt", "step"} <= checkpoint.keys() or not isinstance(checkpoint.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
+    verify(path)
     refuse_other(path, checkpoint["config"], config)
     return checkpoint
 
 
-def train(args, data, rank, world, device):
-    torch.manual_seed(args.seed)
-    if data.shape[-1] % MODELS[args.model]["patch_size"]:
-        raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
-    model_config = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
-    kind = args.objective or default_objective(args.model)
-    net = build_model(args.model, **model_config, second_time=kind == "meanflow")
-    origin = initialize(net, args.init) if args.init else ""
-    net.to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    objective = OBJECTIVES[kind]()
-    decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
-    blocks = parse_blocks(args.disp_blocks, len(net.blocks)) if args.disp != "none" else []
-    group = args.disp_group if blocks else 1
-    micro = check_batch(args.batch, world, args.micro, group)
-    share = args.batch // world
-    mine = slice(rank * share, (rank + 1) * share)
-    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
-    dtype = args.dtype or default_dtype(device)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
-    floor = dispersive_floor(args.disp, group, args.disp_tau, args.disp_margin) if blocks else 0.0
+def find_checkpoint(args, config):
+    """What --resume names -> (checkpoint, its path), or (None, None). A damaged latest gives way to the one before."""
+    latest, previous = (Path(args.out, name) for name in CKPT)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and latest.exists()  # by torchrun --max-restarts
+    if args.resume not in ("auto", "none") and not restarted:
+        return load_checkpoint(args.resume, config), Path(args.resume)
+    if args.resume == "none" and not restarted:
+        return None, None
+    try:
+        if latest.exists():
+            return load_checkpoint(latest, config), latest
+    except Damaged as error:
+        if not previous.exists():
+            raise
+        print(f"{error}: going on from {previous}", file=sys.stderr)
+    return (load_checkpoint(previous, config), previous) if previous.exists() else (None, None)
 
-    config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
-    config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    config |= dict(model_config, dtype=dtype, disp_blocks=blocks, objective=kind, classes=data.classes, vae=data.vae)
-    out = Path(args.out)
-    latest = out / "ckpt.pt"
-    source = {"none": None, "auto": latest if latest.exists() else None}.get(args.resume, args.resume)
-    checkpoint = load_checkpoint(source, config) if source else None
+
+def save_checkpoint(state, out):
+    """Write the latest checkpoint; the one that was the latest is kept, whatever happens."""
+    latest, previous = (out / name for name in CKPT)
+    with atomic(latest) as file:
+        torch.save(state, file)
+        file.flush()
+        verify(file.name)
+        if latest.exists():
+            os.replace(latest, previous)
+
+
+def prepare_out(out, first, source, size):
+    """Make --out; set another run's files aside, and cut a continued run's log where it continues."""
+    latest, previous = (out / name for name in CKPT)
+    log = out / "log.jsonl"
+    if source and source.resolve() in (latest.resolve(), previous.resolve()):
+        if source == previous and latest.exists():
+            os.replace(latest, out / "ckpt.damaged.pt")
+        whole = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
+        with atomic(log) as file:
+            file.write("".join(line + "\n" for line in whole if json.loads(line)["step"] <= first).encode())
+    elif log.exists() or latest.exists() or previous.exists():
+        aside = next(path for path in (out / f"old{n}" for n in itertools.count(1)) if not path.exists())
+        aside.mkdir()
+        for path in (latest, previous, log, out / "samples", out / "snapshots"):
+            if path.exists():
+                os.replace(path, aside / path.name)
+    (out / "samples").mkdir(exist_ok=True)
+    kept = sum(path.stat().st_size for path in (latest, previous) if path.exists())
+    free = shutil.disk_usage(out).free
+    if free < 3 * size - kept:  # the latest, the one before, and the next while it is written
+        raise UserError(f"--out {out}: {free / 1e9:.1f} GB are free there, and the checkpoints need "
+                        f"{(3 * size - kept) / 1e9:.1f} GB")
+
+
+def picture(run, step, args, out, decode):
+    """A grid of EMA samples, one class a row, and the spread of 64 samples' activations after every block."""
+    data, device = run.data, run.device
+    kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
+    labels = torch.from_numpy(kinds.repeat(8))
+    images = generate(run.ema, run.objective, data.shape, labels, range(len(labels)), args.seed, device, run.dtype,
+                      decode, steps=1 if run.kind == "meanflow" else 25)
+    grid = out / "samples" / f"{step:07d}.png"
+    save_grid(images.numpy(), grid, columns=8)
+
+    count, generator = min(64, len(data)), stream(args.seed, 0, "probe", device)
+    entries = np.linspace(0, len(data) - 1, count).astype(int)  # of all classes: a cache is sorted by class
+    images, labels = (tensor.to(device) for tensor in data.read(entries, np.zeros(count, bool))[:2])
+    times = run.objective.times(count, generator)
+    noise = torch.randn(count, *data.shape, generator=generator, device=device)
+    with torch.no_grad(), run.autocast():
+        _, activations = run.objective.loss(run.ema, data.prepare(images, 0.0), labels,
+                                            times[0] if isinstance(times, tuple) else times, noise,
+                                            blocks=range(1, len(run.net.blocks) + 1))
+    return grid, [round(mean_distance(z).item(), 6) for z in activations]
+
+
+def train(args, data, held_out, rank, world, device):
+    run, out = Trainer(args, data, rank, world, device), Path(args.out)
+    decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
+    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        run.lock = lock(out)
+    barrier()
+    checkpoint, source = find_checkpoint(args, run.config)
     first = checkpoint["step"] if checkpoint else 0
+    if checkpoint:
+        run.load(checkpoint, source)
     barrier()
     if rank == 0:
-        prepare_out(out, first, continues=bool(source) and Path(source).resolve() == latest.resolve())
-
-    betas = (0.9, 0.95) if kind == "meanflow" else (0.9, 0.999)
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, betas, weight_decay=0.0, fused=device.type != "mps")
-    if checkpoint:
-        load_weights(net, checkpoint["model"], source)
-        load_weights(ema, checkpoint["ema"], source)
-        optimizer.load_state_dict(checkpoint["opt"])
-    if compiled:
-        net.compile()
-    model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    weights = [p.detach() for p in net.parameters()]
-    ema_weights = list(ema.parameters())
+        prepare_out(out, first, source, 16 * sum(p.numel() for p in run.weights))
+    barrier()
+    floor = dispersive_floor(args.disp, run.group, args.disp_tau, args.disp_margin) if run.blocks else 0.0
 
     def say(text):
         if rank == 0:
             print(text, flush=True)
 
-    run = None
+    board = None
     if args.wandb and rank == 0:
         import wandb
-        run = wandb.init(project="dispersive", dir=str(out), config=config)
+        board = wandb.init(project="dispersive", dir=str(out), config=run.config)
 
     def record(**values):
         if rank == 0:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
-            if run:
-                run.log(values, step=values["step"])
+            if board:
+                board.log(values, step=values["step"])
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"model   {args.model}, {size:.1f}M parameters, objective {kind}{origin}")
-    say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes")
-    say(f"device  {world} x {name}, {dtype}{', compiled' if compiled else ''}")
-    say(f"batch   {args.batch} = {world} rank(s) x {share // micro} pass(es) x {micro}; {steps:,} steps, "
+    say(f"model   {args.model}, {sum(p.numel() for p in run.net.parameters()) / 1e6:.1f}M parameters, "
+        f"objective {run.kind}{run.origin}")
+    say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes"
+        + ("" if data.mirrors else ", without flips: --repa holds no features of mirror images"))
+    say(f"device  {world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}")
+    say(f"batch   {args.batch} = {world} rank(s) x {run.share // run.micro} pass(es) x {run.micro}; {steps:,} steps, "
         f"{steps * args.batch / len(data):.1f} epochs" + (f", continued from step {first:,}" if first else ""))
-    say(f"loss    + {args.disp_weight} x {args.disp}, block {','.join(map(str, blocks))}, groups of {group}, "
-        f"floor {floor:.3f}" if blocks else "loss    without dispersion")
+    about = f"groups of {run.group}" + (f", {args.contrastive} views" if args.contrastive else f", floor {floor:.3f}")
+    say(f"loss    + {args.disp_weight} x {args.disp}, block {','.join(map(str, run.blocks))}, {about}" if run.blocks
+        else "loss    without dispersion")
 
-    def save(step):
-        if rank == 0:
-            with atomic(latest) as file:
-                torch.save(dict(model=net.state_dict(), ema=ema.state_dict(), opt=optimizer.state_dict(), step=step,
-                                config=config), file)
-
-    def picture(step):
-        """A grid of EMA samples, one class a row, and the spread of 64 samples' activations after every block."""
-        if rank != 0:
-            return
-        grid = out / "samples" / f"{step:07d}.png"
-        kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
-        labels = torch.from_numpy(kinds.repeat(8))
-        images = generate(ema, objective, data.shape, labels, range(len(labels)), args.seed, device, dtype, decode,
-                          steps=1 if kind == "meanflow" else 25)
-        save_grid(images.numpy(), grid, columns=8)
-
-        count = min(64, len(data))
-        entries = np.linspace(0, len(data) - 1, count).astype(int)  # of all classes: a cache is sorted by class
-        images, labels = (tensor.to(device) for tensor in data.read(entries, np.zeros(count, bool)))
-        generator = stream(args.seed, 0, "probe", device)
-        times = objective.times(count, generator)
-        t, r = times if isinstance(times, tuple) else (times, None)
-        noise = torch.randn(count, *data.shape, generator=generator, device=device)
-        with torch.no_grad(), autocast():  # of the EMA, which is not compiled
-            _, activations = objective.loss(ema, data.prepare(images, 0.0), labels, t, noise, r,
-                                            blocks=range(1, len(net.blocks) + 1))
-        spread = [round(mean_distance(z).item(), 6) for z in activations]
-        record(step=step, block_distance=spread)
-        say(f"step {step:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
-
-    def draw(kind, step, purpose, *shape):
-        """This rank's slice of what is drawn for the whole global batch."""
-        return kind(args.batch, *shape, generator=stream(args.seed, step, purpose, device), device=device)[mine]
-
-    sums, logged = torch.zeros(2, device=device), first
+    sums, logged = 0.0, first
     started = shown = time.time()
-    for step, images, labels in batches(data, first, steps, args.batch, mine, args.seed, device):
-        x = data.prepare(images, None if data.pixels else draw(torch.randn, step, "posterior", *data.shape))
-        y = torch.where(draw(torch.rand, step, "label") < LABEL_DROPOUT, net.num_classes, labels)
-        times = objective.times(args.batch, stream(args.seed, step, "time", device))
-        t, r = (v[mine] for v in times) if isinstance(times, tuple) else (times[mine], None)
-        noise = draw(torch.randn, step, "noise", *data.shape)
-        done = step + 1
-        is_ckpt = done % args.ckpt_every == 0 or done == steps
-        is_log = done % args.log_every == 0 or is_ckpt  # before a checkpoint, to see that the loss is finite
-        distance = torch.zeros((), device=device)
-        for begin in range(0, share, micro):
-            part = slice(begin, begin + micro)
-            with contextlib.nullcontext() if part.stop == share or model is net else model.no_sync():
-                with autocast():
-                    loss, activations = objective.loss(model, x[part], y[part], t[part], noise[part],
-                                                       None if r is None else r[part], blocks=blocks)
-                loss, disp = loss.mean(), loss.new_zeros(())
-                for z in activations:
-                    disp = disp + dispersive_loss(z, args.disp, args.disp_tau, args.disp_margin, group) / len(blocks)
-                ((loss + args.disp_weight * disp) * (micro / share)).backward()
-            shown_loss = objective.squared_error.mean() if kind == "meanflow" else loss.detach()
-            sums += torch.stack([shown_loss, disp.detach()]) * (micro / share)
+    with Stop(world) as stop:
+        held_out = next(batches(held_out, 0, 1, args.batch, run.mine, args.seed, device))[1:3] if held_out else None
+        for step, *batch in batches(data, first, steps, args.batch, run.mine, args.seed, device):
+            done = step + 1
+            is_log = done % args.log_every == 0 or done == steps
+            values = run.step(step, *batch, with_distance=is_log)
+            sums = sums + values[:-1]
+            stopped_by = stop.agreed()
+            is_ckpt = done % args.ckpt_every == 0 or done == steps or stopped_by
+            is_snapshot = args.snapshot_every and done % args.snapshot_every == 0
+            if is_log or is_ckpt or is_snapshot:
+                run.check()
             if is_log:
-                for z in activations:
-                    distance += mean_distance(z, group) / len(blocks) * (micro / share)
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (1 + step) / (10 + step))  # warmed up, so that a short run's EMA forgets its start
-        torch._foreach_lerp_(ema_weights, weights, 1 - decay)
-
-        if is_log:
-            values = torch.cat([sums / (done - logged), distance[None]])
-            if world > 1:
-                dist.all_reduce(values)
-                values /= world
-            loss, disp, distance = values.tolist()
-            if not math.isfinite(loss + disp):
-                raise UserError(f"at step {done} the loss is {loss} and the dispersive loss {disp}: try a smaller "
-                                f"--lr, or --grad-clip 1; checkpoints written before are whole")
-            now = time.time()
-            rate, left = (done - logged) * args.batch / (now - shown), (steps - done) * (now - started) / (done - first)
-            sums.zero_()
-            logged, shown = done, now
-            extra = dict(disp=disp, floor=floor, distance=distance) if blocks else {}
-            record(step=done, loss=loss, **extra, images_per_second=rate, seconds=now - started)
-            say(f"step {done:,}/{steps:,}  loss {loss:.4f}"
-                + (f"  disp {disp:.3f} (floor {floor:.3f}, distance {distance:.3g})" if blocks else "")
-                + f"  {rate:,.1f} images/s  {clock(left)} left")
-        paused = time.time()
-        if is_ckpt:
-            save(done)
-        if done % args.sample_every == 0 or done == steps:
-            picture(done)
-        shown += time.time() - paused  # images/s counts training alone
+                means = [sums / (done - logged), values[-1:]]
+                means += [run.validate(*held_out)[None]] if held_out else []
+                means = torch.cat(means)
+                if world > 1:
+                    dist.all_reduce(means)
+                means = dict(zip([*run.terms, "distance", "val"], (means / world).tolist()))
+                now = time.time()
+                rate = (done - logged) * args.batch / (now - shown)
+                left = (steps - done) * (now - started) / (done - first)
+                sums, logged, shown = 0.0, done, now
+                text = f"step {done:,}/{steps:,}  loss {means['loss']:.4f}"
+                if held_out:
+                    text += f"  val {means['val']:.4f}"
+                if not run.blocks:
+                    del means["distance"]
+                elif args.contrastive:
+                    text += f"  contrastive {means['disp']:.3f} (distance {means['distance']:.3g})"
+                else:
+                    means["floor"] = floor
+                    text += f"  disp {means['disp']:.3f} (floor {floor:.3f}, distance {means['distance']:.3g})"
+                if args.repa:
+                    text += f"  repa {means['repa']:.3f}"
+                record(step=done, **means, images_per_second=rate, seconds=now - started)
+                say(f"{text}  {rate:,.1f} images/s  {clock(left)} left")
+            paused = time.time()
+            if is_ckpt:
+                run.check_ranks(done)
+                if rank == 0:
+                    save_checkpoint(run.state(done), out)
+            if is_snapshot and rank == 0:
+                (out / "snapshots").mkdir(exist_ok=True)
+                with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
+                    torch.save(dict(ema=run.ema.state_dict(), step=done, config=run.config), file)
+            if stopped_by:
+                barrier()
+                say(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command continues there")
+                sys.exit(128 + stopped_by)
+            if (done % args.sample_every == 0 or done == steps) and rank == 0:
+                grid, spread = picture(run, done, args, out, decode)
+                record(step=done, block_distance=spread)
+                say(f"step {done:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
+            shown += time.time() - paused  # images/s counts training alone
     if first >= steps:
         say(f"{source} is at step {first:,} already: nothing to train; more with --steps")
 
 
-def prepare_out(out, first, continues):
-    """Make --out; set another run's files aside, and cut a continued run's log where it continues."""
-    log = out / "log.jsonl"
-    if continues:
-        whole = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-        with atomic(log) as file:
-            file.write("".join(line + "\n" for line in whole if json.loads(line)["step"] <= first).encode())
-    elif log.exists() or (out / "ckpt.pt").exists():
-        aside = next(path for path in (out / f"old{n}" for n in itertools.count(1)) if not path.exists())
-        aside.mkdir()
-        for path in (out / "ckpt.pt", log, out / "samples"):
-            if path.exists():
-                os.replace(path, aside / path.name)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+class Stopwatch:
+    """Marks the ends of a step's phases; on a GPU by events, for which the host need not wait."""
+
+    def __init__(self, device):
+        self.gpu, self.steps = device.type == "cuda", []
+
+    def __call__(self, phase):
+        moment = torch.cuda.Event(enable_timing=True) if self.gpu else time.perf_counter()
+        if self.gpu:
+            moment.record()
+        if phase == "start":
+            self.steps.append([])
+        self.steps[-1].append((phase, moment))
+
+    def seconds(self):
+        """{phase: seconds} of every step."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        table = []
+        for marks in self.steps:
+            table.append(dict.fromkeys((phase for phase, _ in marks[1:]), 0.0))
+            for (_, begin), (phase, end) in zip(marks, marks[1:]):
+                table[-1][phase] += begin.elapsed_time(end) / 1000 if self.gpu else end - begin
+        return table
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of large square matrix products, the median of some."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, watch = torch.randn(n, n, device=device, dtype=dtype), Stopwatch(device)
+    for _ in range(12):
+        watch("start")
+        a @ a
+        watch("product")
+    return 2 * n ** 3 / np.median([step["product"] for step in watch.seconds()[2:]])
+
+
+def bench(args, data, rank, world, device):
+    """Time --bench steps without dispersion, with it as the flags say, and on all blocks, in turn; print a table."""
+    begin, run = time.perf_counter(), Trainer(args, data, rank, world, device)
+    watch = run.mark = Stopwatch(device)
+    names = ["none", f"{args.disp}, block {','.join(map(str, run.blocks))}", f"{args.disp}, all"]
+    variants = [copy.copy(run) for _ in names[:3 if run.blocks else 1]]
+    for variant, blocks in zip(variants, [[], run.blocks, range(1, len(run.net.blocks) + 1)]):
+        variant.choose_blocks([*blocks])
+    warm, count = 3 * len(variants), len(variants) * args.bench
+    watch("start")
+    for step, *batch in batches(data, 0, warm + count, args.batch, run.mine, args.seed, device):
+        watch("data")
+        variants[step % len(variants)].step(step, *batch)
+        if step + 1 == warm:
+            watch.seconds()  # waits for the device
+            ready = time.perf_counter() - begin
+        watch("start")
+    table = watch.seconds()[warm:-1]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build_model(args.model, **{name: run.config[name] for name in ("input_size", "in_channels")})
+        net(torch.empty(1, *data.shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    needed = 3 * counter.get_total_flops()  # an image's forward and, twice as much, backward
+    rate = matmul_rate(device, torch.bfloat16 if run.dtype == "bf16" else torch.float32)
+    if rank > 0:
+        return
+    times = [np.array([sum(step.values()) for step in table[i::len(variants)]]) for i in range(len(variants))]
+    rows = {"images/s": [f"{args.batch / np.median(t):,.1f}" for t in times],
+            "FLOP/s, of a matmul's": [f"{needed * args.batch / world / np.median(t) / rate:.1%}" for t in times],
+            "dispersion's share": [f"{np.median(t - times[0]) / np.median(t):+.2%}" for t in times],
+            "step, ms": [f"{1e3 * np.median(t):,.1f}" for t in times]}
+    for phase in table[0]:
+        rows["- " + phase] = [f"{1e3 * np.median([step[phase] for step in table[i::len(variants)]]):,.2f}"
+                              for i in range(len(variants))]
+    name = torch.cuda.get_device_name(device) if run.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource  # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{args.model}, {run.kind}, {'x'.join(map(str, data.shape))}, batch {args.batch}, passes of {run.micro}, "
+          f"{world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}, torch {torch.__version__}: medians of "
+          f"{args.bench} steps\n")
+    for label, cells in {"dispersion": names[:len(variants)], "---": ["---"] * len(variants), **rows}.items():
+        print(f"| {label} | {' | '.join(cells)} |")
+    print(f"\n{needed / 1e9:,.1f} GFLOP an image; matmul {rate / 1e12:,.2f} TFLOP/s; ready after {ready:.1f} s with "
+          f"{warm} warm-up steps; peak memory {peak / 1e9:.2f} GB a rank")
 
 
 @command
@@ -585,13 +958,28 @@ def main(argv=None):
         raise UserError("--wandb: the wandb package is not installed")
     if args.model not in MODELS:
         raise UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    if args.contrastive and args.disp == "none":
+        raise UserError("--contrastive needs a --disp other than none")
     rank, world, device = start()
     if args.images:
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
-    data = Data.open(args.data) if args.data else Data("drawn demo", *demo_data())
-    train(args, data, rank, world, device)
+    if args.data:
+        data = Data.open(args.data)
+    elif args.bench:
+        latents = np.random.default_rng(0).random((1024, 2, 8, 32, 32), np.float32).astype(np.float16)
+        data = Data("random latents", latents, np.arange(1024) % 1000, list(map(str, range(1000))), "ema")
+    else:
+        data = Data("drawn demo", *demo_data())
+    if args.repa:
+        data.add_features(args.repa, (data.shape[-1] // MODELS[args.model]["patch_size"]) ** 2)
+    if args.bench:
+        return bench(args, data, rank, world, device)
+    held_out = Data.open(args.val) if args.val else None
+    if held_out and (held_out.shape, held_out.classes) != (data.shape, data.classes):
+        raise UserError(f"--val {args.val}: its shape or classes differ from the training data's")
+    train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --out {args.out}/generated")
 
