@@ -101,9 +101,13 @@ def start(device=None):
         return 0, 1, device
     if not dist.is_initialized():
         gpu = device.type == "cuda"
-        # hours of work without a collective are normal when caching and sampling; torchrun sees to ranks that died
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None,
-                                timeout=datetime.timedelta(hours=12))
+        # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
+        # (PyTorch issue 135712). Nodes count attempts each for itself, so for several see --max-restarts in the README
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+        timeout = datetime.timedelta(hours=12)  # without a collective: normal when caching; torchrun sees to dead ranks
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=timeout, rank=rank,
+                                world_size=world, store=dist.PrefixStore(attempt or "0", store))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -173,8 +177,11 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
+        if isinstance(disk, OSError):
+            raise UserError(f"{path}: cannot be written ({disk.strerror}); what was there before is whole") from None
         raise
 
 

@@ -4,14 +4,21 @@ Numbers marked "golden" were computed by the published implementations on the we
 `ru` reproduce.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import zipfile
 import zlib
@@ -28,8 +35,8 @@ from PIL import Image
 import fid
 import sample
 import train
-from dispersive import (KINDS, DiT, FlowMatching, GaussianDiffusion, MeanFlow, build_model, contrastive_loss,
-                        dispersive_floor, dispersive_loss, mean_distance, repa_loss, repa_projector)
+from dispersive import (KINDS, MODELS, DiT, FlowMatching, GaussianDiffusion, MeanFlow, build_model,
+                        contrastive_loss, dispersive_floor, dispersive_loss, mean_distance, repa_loss, repa_projector)
 from sample import UserError
 
 torch.set_num_threads(1)  # the work is small, and threads that wait for each other crawl on a busy machine
@@ -1525,6 +1532,462 @@ def test_failed_download_names_file_url_and_flag(tmp_path, monkeypatch):
     path = sample.fetch(source.as_uri(), "--weights", hashlib.sha256(b"weights").hexdigest())
     source.unlink()
     assert sample.fetch(source.as_uri(), "--weights") == path and path.read_bytes() == b"weights"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost: runs that are killed, stopped, damaged, or short of disk
+
+FORK = multiprocessing.get_context("forkserver")  # a server that has imported all this forks a run in milliseconds
+FORK.set_forkserver_preload(["test_dispersive", "torch._dynamo"])
+NANO = [*TINY, "--model", "SiT-nano/8"]
+SHAPES = {"SiT-nano/8": dict(hidden_size=32, depth=2, num_heads=2, patch_size=8)}
+
+
+def child(args, log, environment, fault):
+    os.environ.update(environment)
+    MODELS.update(SHAPES)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if fault:
+        fault()
+    train.main(args)
+
+
+def launch(log, *args, fault=None, **environment):
+    """Start train.py in a process of its own, after `fault` has been called there."""
+    process = FORK.Process(target=child, args=([*map(str, args)], log, environment, fault))
+    process.start()
+    return process
+
+
+def launch_ranks(log, *args, fault=None):
+    """The same as two ranks, without torchrun, so that each has an exit code."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [launch(f"{log}{rank}", *args, fault=fault, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+                   LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
+
+
+def ends(*processes):
+    """Their exit codes."""
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def logged(out, step):
+    return lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= step
+
+
+def curves(out):
+    """The log without what the clock says."""
+    return [{name: value for name, value in entry.items() if name not in ("seconds", "images_per_second")}
+            for entry in log_of(out)]
+
+
+def same_checkpoint(out, reference):
+    """Weights, EMA, optimiser and config, to the bit."""
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (out, reference))
+    return str(a["config"]) == str(b["config"]) and a["step"] == b["step"] and str(a["opt"]) == str(b["opt"]) and all(
+        torch.equal(x, y) for which in ("model", "ema") for x, y in zip(a[which].values(), b[which].values())) and all(
+        torch.equal(x[name], b["opt"]["state"][i][name]) for i, x in a["opt"]["state"].items() for name in x)
+
+
+@pytest.fixture
+def base(photos, monkeypatch):
+    """The flags of a run so small that starting it is nearly all it does."""
+    monkeypatch.setitem(MODELS, *SHAPES.copy().popitem())
+    return ["--data", str(photos / "cache"), *NANO]
+
+
+def test_killed_at_random_a_run_ends_in_the_same_bits(photos, trained, tmp_path):
+    args = ["--data", photos / "cache", *TINY, "--steps", 6, "--ckpt-every", 1, "--out", tmp_path / "run"]
+    random = np.random.default_rng()
+    for attempt in range(4):
+        process, new = launch(tmp_path / "log", *args), tmp_path / "run" / "ckpt.new.pt.tmp"
+        if attempt % 2:
+            wait_for(lambda: new.exists() or not process.is_alive())
+        time.sleep(random.uniform(0, 0.2 if attempt % 2 else 1.5))
+        process.kill()
+        assert ends(process)[0] in (-signal.SIGKILL, 0), (tmp_path / "log").read_text()
+    assert ends(launch(tmp_path / "log", *args)) == [0]
+    assert same_checkpoint(tmp_path / "run", trained) and curves(tmp_path / "run") == curves(trained)
+
+
+def killed_before_renaming_to(name):
+    """kill -9 while the second checkpoint is written, or between its renames."""
+    replace = os.replace
+
+    def deadly(source, target):
+        if Path(target).name == name and (Path(target).parent / "ckpt.prev.pt" if name == "ckpt.pt" else
+                                          Path(target).parent / "ckpt.pt").exists():
+            if name == "ckpt.new.pt":
+                os.truncate(source, os.path.getsize(source) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = deadly
+
+
+def killed_before_the_picture():
+    train.picture = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault, left", [
+    (functools.partial(killed_before_renaming_to, "ckpt.new.pt"), {"ckpt.pt", "ckpt.new.pt.tmp"}),
+    (functools.partial(killed_before_renaming_to, "ckpt.prev.pt"), {"ckpt.pt", "ckpt.new.pt"}),
+    (functools.partial(killed_before_renaming_to, "ckpt.pt"), {"ckpt.prev.pt", "ckpt.new.pt"}),
+    (killed_before_the_picture, {"ckpt.pt", "ckpt.prev.pt"}),
+], ids=["half written", "before the first rename", "between the renames", "before the picture"])
+def test_killed_at_the_worst_moments(fault, left, base, tmp_path):
+    args = [*base, "--ckpt-every", "1", "--sample-every", "2", "--snapshot-every", "2"]
+    train.main([*args, "--steps", "4", "--out", str(tmp_path / "whole")])
+    args += ["--out", str(tmp_path / "run")]
+    assert ends(launch(tmp_path / "log", *args, "--steps", 4, fault=fault)) == [-signal.SIGKILL]
+    assert {path.name for path in (tmp_path / "run").glob("ckpt*")} == left
+    train.main([*args, "--steps", "4"])
+    assert same_checkpoint(tmp_path / "run", tmp_path / "whole")
+    assert curves(tmp_path / "run") == curves(tmp_path / "whole")
+    assert {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*")} == \
+        {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")}
+
+
+def killed_while_caching():
+    write = train.Rows.write
+
+    def deadly(self, indices, rows):
+        write(self, indices[:10], rows[:10])
+        os.kill(os.getpid(), signal.SIGKILL)
+    train.Rows.write = deadly
+
+
+def test_killed_while_caching(photos, tmp_path):
+    args = ["--images", str(photos / "images"), "--data", str(tmp_path / "cache"), "--vae", "none", "--size", "16",
+            "--cache-only"]
+    assert ends(launch(tmp_path / "log", *args, fault=killed_while_caching)) == [-signal.SIGKILL]
+    train.main(args)
+    assert (tmp_path / "cache" / "latents.npy").read_bytes() == (photos / "cache" / "latents.npy").read_bytes()
+
+
+def test_a_damaged_latest_gives_way_to_the_one_before(base, tmp_path, capsys):
+    train.main([*base, "--ckpt-every", "2", "--steps", "4", "--out", str(tmp_path / "whole")])
+    good = (tmp_path / "whole" / "ckpt.pt").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for damaged in (flipped, good[:len(good) // 2], b"", b"no archive"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        (tmp_path / "run" / "ckpt.pt").write_bytes(damaged)
+        before = (tmp_path / "run" / "ckpt.prev.pt").read_bytes()
+        capsys.readouterr()
+        train.main([*base, "--steps", "4", "--out", str(tmp_path / "run")])
+        out, err = capsys.readouterr()
+        assert f"{tmp_path}/run/ckpt.pt: " in err and f"going on from {tmp_path}/run/ckpt.prev.pt" in err
+        assert "continued from step 2" in out and len(err.splitlines()) == 1
+        assert same_checkpoint(tmp_path / "run", tmp_path / "whole")
+        assert curves(tmp_path / "run") == curves(tmp_path / "whole")
+        assert (tmp_path / "run" / "ckpt.prev.pt").read_bytes() == before
+        assert (tmp_path / "run" / "ckpt.aside.pt").read_bytes() == damaged
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        (tmp_path / "run" / name).write_bytes(flipped)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*base, "--steps", "4", "--out", str(tmp_path / "run")])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 2 and "ckpt.prev.pt: damaged (" in lines[1]
+    assert all((tmp_path / "run" / name).read_bytes() == flipped for name in ("ckpt.pt", "ckpt.prev.pt"))
+
+
+def test_a_bit_flipped_anywhere_is_seen(tmp_path):
+    state = dict(model={"w": torch.arange(100.0)}, ema={}, opt={}, step=3, config=dict(lr=0.1))
+    torch.save(state, tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    missed = 0
+    for at in range(0, len(good), 5):
+        (tmp_path / "bad.pt").write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1:])
+        try:
+            found = train.read_checkpoint(tmp_path / "bad.pt")
+        except UserError:
+            continue
+        assert str(found) == str(state)  # a flip in what the archive is padded with
+        missed += 1
+    assert missed < len(good) / 5 * 0.8
+
+
+def test_what_is_written_is_read_before_it_replaces_anything(base, tmp_path, monkeypatch, capsys):
+    args = [*base, "--out", str(tmp_path)]
+    train.main([*args, "--steps", "1"])
+    before, save = (tmp_path / "ckpt.pt").read_bytes(), torch.save
+
+    def torn(state, file):
+        save(state, file)
+        file.seek(file.tell() // 2)
+        file.write(b"\0\1\2\3" * 10)
+    monkeypatch.setattr(torch, "save", torn)
+    capsys.readouterr()
+    assert "ckpt.new.pt: damaged (" in fails(train.main, capsys, *args, "--steps", 2)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not (tmp_path / "ckpt.prev.pt").exists()
+
+
+def test_a_resumed_run_leaves_the_file_it_came_from(base, tmp_path, monkeypatch):
+    """Else its replaced checkpoint would stay on the disk for as long as it runs, a fourth where three fit."""
+    args = [*base, "--out", str(tmp_path)]
+    train.main([*args, "--steps", "1"])
+    maps, save = Path("/proc/self/maps"), train.save_checkpoint
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    mapped = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: (mapped.append(maps.read_text()), save(*args)))
+    train.main([*args, "--steps", "2"])
+    assert len(mapped) == 1 and str(tmp_path) not in mapped[0]
+
+
+def test_snapshots_hold_the_ema(base, tmp_path):
+    args = [*base, "--ckpt-every", "1"]
+    train.main([*args, "--snapshot-every", "2", "--steps", "5", "--out", str(tmp_path / "run")])
+    train.main([*args, "--steps", "2", "--out", str(tmp_path / "short")])
+    assert sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir()) == ["0000002.pt", "0000004.pt"]
+    snapshot = tmp_path / "run" / "snapshots" / "0000002.pt"
+    state = torch.load(snapshot, weights_only=True)["ema"]
+    assert all(torch.equal(state[name], value) for name, value in weights(tmp_path / "short", "ema").items())
+    sample.main(["--ckpt", str(snapshot), "--n", "2", "--steps", "1", "--out", str(tmp_path / "samples")])
+    sample.main(["--ckpt", str(tmp_path / "short" / "ckpt.pt"), "--n", "2", "--steps", "1", "--out",
+                 str(tmp_path / "same")])
+    assert (tmp_path / "samples" / "000001.png").read_bytes() == (tmp_path / "same" / "000001.png").read_bytes()
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(which, base, tmp_path, capsys):
+    """A launcher may send the same signal again at once; the other run on this --out is refused meanwhile."""
+    args = [*base, "--log-every", "1000", "--out", tmp_path / "run"]
+    process = launch(tmp_path / "log", *args, "--steps", 10 ** 6, "--snapshot-every", 5)
+    wait_for(lambda: (tmp_path / "run" / "snapshots").exists())
+    assert "run: another process is writing there" in fails(train.main, capsys, *args, "--steps", 3)
+    for _ in range(2):
+        os.kill(process.pid, which)
+        time.sleep(0.01)
+    assert ends(process) == [128 + which]
+    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    assert f"{which.name}: saved at step {step:,}; " in (tmp_path / "log").read_text() and step >= 5
+    train.main([*map(str, args), "--steps", str(step + 1)])
+    train.main([*base, "--steps", str(step + 1), "--out", str(tmp_path / "whole")])
+    assert same_checkpoint(tmp_path / "run", tmp_path / "whole")
+
+
+def busy_outside_of_python():
+    train.Trainer.step = lambda *args, **options: (print("busy", flush=True),
+                                                   hashlib.pbkdf2_hmac("sha256", b"", b"", 10 ** 9))
+
+
+def test_a_second_signal_exits_at_once(base, tmp_path):
+    process = launch(tmp_path / "log", *base, "--steps", 3, "--out", tmp_path / "run", fault=busy_outside_of_python)
+    wait_for(lambda: (tmp_path / "log").exists() and "busy" in (tmp_path / "log").read_text())
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    time.sleep(1.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(2)
+    assert process.exitcode == 143 and not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_a_signal_to_one_rank_stops_both(base, tmp_path):
+    args = [*base, "--out", tmp_path / "run"]
+    ranks = launch_ranks(tmp_path / "log", *args, "--steps", 10 ** 6)
+    wait_for(logged(tmp_path / "run", 3))
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert ends(*ranks) == [143, 143]
+    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    assert f"SIGTERM: saved at step {step}" in (tmp_path / "log0").read_text()
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, step + 1)]
+
+
+def rank_one_dies_once():
+    """Under torchrun: rank 1 kills itself after step 3."""
+    step = train.Trainer.step
+
+    def deadly(self, number, *args, **options):
+        if number == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, number, *args, **options)
+    train.Trainer.step = deadly
+
+
+def test_torchrun_restarts_from_the_last_checkpoint_and_stops_on_ctrl_c(base, tmp_path):
+    """--resume none: what torchrun starts again goes on all the same."""
+    train.main([*base, "--steps", "1", "--out", str(tmp_path / "run")])
+    (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_dispersive as test\n"
+                                     "test.child(sys.argv[1:], sys.argv[-1] + '.log', {}, test.rank_one_dies_once)\n")
+    args = [*base, "--ckpt-every", 2, "--resume", "none"]
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                "--max-restarts=1", tmp_path / "run.py", *map(str, args), "--steps", "1000000",
+                                "--out", tmp_path / "run"], start_new_session=True, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: (tmp_path / "run" / "old1").exists() and logged(tmp_path / "run", 5)())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60)
+    said, step = (tmp_path / "run.log").read_text(), torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
+    assert said.count("continued from step 2") == 1 and said.count(f"SIGINT: saved at step {step}") == 1
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [*range(1, step + 1)]
+    assert ends(*launch_ranks(tmp_path / "log", *args, "--steps", step, "--out", tmp_path / "whole")) == [0, 0]
+    for name, value in weights(tmp_path / "whole").items():
+        assert (value - weights(tmp_path / "run")[name]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("flag", ["none", "FILE"])
+def test_what_torchrun_restarts_goes_on(flag, base, tmp_path, monkeypatch, capsys):
+    """Killed between the renames of a checkpoint, too."""
+    train.main([*base, "--steps", "2", "--out", str(tmp_path / "other")])
+    train.main([*base, "--steps", "2", "--out", str(tmp_path / "run")])
+    os.replace(tmp_path / "run" / "ckpt.pt", tmp_path / "run" / "ckpt.prev.pt")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    train.main([*base, "--steps", "3", "--out", str(tmp_path / "run"), "--resume",
+                "none" if flag == "none" else str(tmp_path / "other" / "ckpt.pt")])
+    assert "continued from step 2" in capsys.readouterr().out and not (tmp_path / "run" / "old1").exists()
+
+
+def sick(term, at, loss, *args, **options):
+    """A loss whose call number `at` is not finite, or has such a gradient."""
+    value = loss(*args, **options)
+    sick.calls += 1
+    if sick.calls != at:
+        return value
+    if term == "gradient":
+        return value + args[0].sum().mul(0).sqrt()
+    return (value[0] * math.nan, value[1]) if term == "loss" else value * math.nan
+
+
+@pytest.mark.parametrize("term, said", [("disp", "dispersive loss, gradient"), ("gradient", "gradient"),
+                                        ("loss", "regression loss, gradient")])
+def test_a_loss_that_is_not_finite_ends_the_run(term, said, base, tmp_path, monkeypatch, capsys):
+    """Its first bad step is found at the next line of the log; nothing is updated in between."""
+    args = [*base, "--ckpt-every", "2", "--log-every", "5", "--out", str(tmp_path)]
+    train.main([*args, "--steps", "2"])
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    sick.calls = 0
+    if term == "loss":
+        monkeypatch.setattr(FlowMatching, "loss", functools.partial(sick, term, 1, FlowMatching().loss))
+    else:
+        monkeypatch.setattr(train, "dispersive_loss", functools.partial(sick, term, 1, dispersive_loss))
+    check, held = train.Trainer.check, []
+    monkeypatch.setattr(train.Trainer, "check", lambda self: (held.append(copy.deepcopy(self.state(2))), check(self)))
+    capsys.readouterr()
+    line = fails(train.main, capsys, *args, "--steps", 9, "--ckpt-every", 9)
+    assert f"step 3: not finite: {said}; no update has been made since. Try a smaller --lr" in line
+    assert sick.calls == 3 and len(held) == 1 and (tmp_path / "ckpt.pt").read_bytes() == before
+    torch.save(held[0], tmp_path / "held.pt")
+    saved, held = (torch.load(tmp_path / name, weights_only=True) for name in ("ckpt.pt", "held.pt"))
+    assert all(torch.equal(held["model"][name], value) for name, value in saved["model"].items())
+    assert all(torch.equal(held["opt"]["state"][i][name], value)
+               for i, entry in saved["opt"]["state"].items() for name, value in entry.items())
+
+
+def sick_rank_one():
+    sick.calls = 0
+    sample.time = mock.Mock(wraps=time, sleep=lambda seconds: None)  # rank 1 would leave the talking to rank 0
+    if os.environ["RANK"] == "1":
+        train.dispersive_loss = functools.partial(sick, "disp", 3, dispersive_loss)
+
+
+def other_weights_on_rank_one():
+    sample.time = mock.Mock(wraps=time, sleep=lambda seconds: None)
+    step = train.Trainer.step
+
+    def moved(self, number, *args, **options):
+        values = step(self, number, *args, **options)
+        if os.environ["RANK"] == "1" and number == 2:
+            with torch.no_grad():
+                self.weights[3][0] += 1e-6
+        return values
+    train.Trainer.step = moved
+
+
+@pytest.mark.parametrize("fault, said", [
+    (sick_rank_one, "step 3: not finite: dispersive loss, gradient; no update"),
+    (other_weights_on_rank_one, "step 4: the ranks hold different weights"),
+])
+def test_what_is_wrong_on_one_rank_stops_both(fault, said, base, tmp_path):
+    args = [*base, "--ckpt-every", 2, "--log-every", 2]
+    ranks = launch_ranks(tmp_path / "log", *args, "--steps", 9, "--out", tmp_path / "run", fault=fault)
+    assert ends(*ranks) == [2, 2]
+    assert all(said in (tmp_path / f"log{rank}").read_text().splitlines()[-1] for rank in range(2))
+    assert ends(*launch_ranks(tmp_path / "log", *args, "--steps", 2, "--out", tmp_path / "whole")) == [0, 0]
+    assert same_checkpoint(tmp_path / "run", tmp_path / "whole")
+
+
+def other_out_on_rank_one():
+    sample.time = mock.Mock(wraps=time, sleep=lambda seconds: None)
+    parse = train.parse
+
+    def elsewhere(argv):
+        args = parse(argv)
+        args.out += os.environ["RANK"]
+        return args
+    train.parse = elsewhere
+
+
+def test_ranks_that_do_not_share_the_folder_do_not_start(base, tmp_path):
+    train.main([*base, "--steps", "1", "--out", str(tmp_path / "run0")])
+    ranks = launch_ranks(tmp_path / "log", *base, "--steps", 2, "--out", tmp_path / "run", fault=other_out_on_rank_one)
+    assert ends(*ranks) == [2, 2] and "an --out that they do not share" in (tmp_path / "log0").read_text()
+
+
+def test_a_folder_that_cannot_be_written_or_is_too_small_is_found_before_training(base, tmp_path, monkeypatch, capsys):
+    step = mock.Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", step)
+        (tmp_path / "file").write_text("")
+        assert f"{tmp_path}/file/out" in fails(train.main, capsys, *base, "--steps", 1, "--out", tmp_path / "file/out")
+        patch.setattr(sample, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied", "x/.lock")),
+                      raising=False)
+        assert "Permission denied: 'x/.lock'" in fails(train.main, capsys, *base, "--steps", 1, "--out", tmp_path / "x")
+    args = [*base, "--out", str(tmp_path / "run")]
+    train.main([*args, "--steps", "1"])
+    size = (tmp_path / "run" / "ckpt.pt").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=free))
+    free = int(1.5 * size)  # beside the one that is there
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", step)
+        line = fails(train.main, capsys, *args, "--steps", 2)
+        assert f"--out {tmp_path / 'run'}: 0.0 GB are free there, and the checkpoints need" in line
+    assert not step.called
+    free = int(2.1 * size)
+    train.main([*args, "--steps", "2"])
+
+
+def disk_full():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(base, tmp_path):
+    args = [*base, "--ckpt-every", 2, "--out", tmp_path / "run"]
+    train.main([*map(str, args), "--steps", "2"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("ckpt*")}
+    assert ends(launch(tmp_path / "log", *args, "--steps", 4, fault=disk_full)) == [2]
+    line = (tmp_path / "log").read_text().splitlines()[-1]
+    assert "ckpt.new.pt: cannot be written (File too large); what was there before is whole" in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("ckpt*")} == before
+    train.main([*map(str, args), "--steps", "4"])
+    train.main([*base, "--steps", "4", "--out", str(tmp_path / "whole")])
+    assert same_checkpoint(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_dead_process_locks_nobody_out(base, tmp_path):
+    process = launch(tmp_path / "log", *base, "--steps", 10 ** 6, "--out", tmp_path / "run")
+    wait_for(logged(tmp_path / "run", 1))
+    process.kill()
+    assert ends(process) == [-signal.SIGKILL] and (tmp_path / "run" / ".lock").exists()
+    train.main([*base, "--steps", "1", "--out", str(tmp_path / "run")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ import math
 import os
 import shutil
 import signal
-import struct
+import socket
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -42,7 +43,7 @@ from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrie
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
-CKPT = "ckpt.pt", "ckpt.prev.pt"  # the latest, and the one before
+CKPT = "ckpt.pt", "ckpt.prev.pt", "ckpt.new.pt"  # the latest, the one before, and the next until it is verified
 NEVER = 2 ** 62  # the first bad step of a run without one
 # what may differ when a run is resumed; the data is compared by content
 MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every",
@@ -593,7 +594,7 @@ class Trainer:
         load_weights(self.ema, checkpoint["ema"], path)
         if self.projector:
             load_weights(self.projector, checkpoint["projector"], path)
-        self.optimizer.load_state_dict(checkpoint["opt"])
+        self.optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))  # else it keeps the file mapped, and on disk
 
     def check(self):
         """UserError, on all ranks alike, if anything was not finite up to here. Waits for the device."""
@@ -614,8 +615,9 @@ class Trainer:
         ends = torch.cat([sums, -sums])
         dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest, and minus the least
         if (ends[:len(sums)] + ends[len(sums):]).any():
-            raise UserError(f"step {step:,}: the ranks hold different weights, so hardware or network is at fault; the "
-                            f"checkpoint before is as it was")
+            raise UserError(f"step {step:,}: the ranks hold different weights: hardware, network, or an --out that "
+                            f"they do not share is at fault; the checkpoint before is as it was")
+
 
 class Stop:
     """SIGTERM (preemption) and SIGINT (Ctrl-C) end a run after a step that all ranks agree on; a second one, at once.
@@ -625,23 +627,33 @@ class Stop:
     """
 
     def __init__(self, world):
-        self.received, self.since = 0, 0.0
+        self.received, self.before = 0, {}
         self.group = dist.new_group(backend="gloo") if world > 1 else None
         self.shared, self.exchange = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self):
-        self.before = {which: signal.signal(which, self.receive) for which in (signal.SIGTERM, signal.SIGINT)}
+        # a thread takes the signals: Python's handlers wait for whatever the main thread does outside of Python
+        inbox, self.outbox = socket.socketpair()
+        self.outbox.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.outbox.fileno())
+        for which in (signal.SIGTERM, signal.SIGINT):
+            self.before[which] = signal.signal(which, lambda *_: None)
+        threading.Thread(target=self.receive, args=(inbox,), daemon=True).start()
         return self
 
     def __exit__(self, *error):
         for which, handler in self.before.items():
             signal.signal(which, handler)
+        signal.set_wakeup_fd(self.wakeup)
+        self.outbox.close()
 
-    def receive(self, which, frame):
-        if not self.received:
-            self.received, self.since = which, time.monotonic()
-        elif time.monotonic() - self.since > 1:  # torchrun passes on at once what the terminal has sent already
-            os._exit(128 + which)
+    def receive(self, inbox):
+        with inbox:
+            while which := int.from_bytes(inbox.recv(1), "big"):  # 0: closed
+                if not self.received and which in self.before:
+                    self.received, since = which, time.monotonic()
+                elif which in self.before and time.monotonic() - since > 1:  # launchers repeat at once what all got
+                    os._exit(128 + which)
 
     def agreed(self):
         """The number of the signal that ends the run with this step, or 0."""
@@ -655,74 +667,71 @@ class Stop:
         return agreed
 
 
-class Damaged(UserError):
-    """A checkpoint that is not as it was written."""
-
-
-def verify(path):
-    """Damaged unless every byte of a checkpoint is as it was written, by the checksums of its archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, struct.error) as error:
-        wrong = first_line(error)
-    if wrong:
-        raise Damaged(f"{path}: damaged ({wrong})")
-
-
-def load_checkpoint(path, config):
-    """A checkpoint of this file, whole, whose config does not contradict the present one."""
+def read_checkpoint(path):
+    """A checkpoint of this file; UserError unless every byte is as it was written, by the checksums of its archive."""
     checkpoint = load_file(path)
     if not {"model", "ema", "opt", "step"} <= checkpoint.keys() or not isinstance(checkpoint.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
-    verify(path)
-    refuse_other(path, checkpoint["config"], config)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # zipfile raises whatever the damage causes
+        wrong = first_line(error)
+    if wrong:
+        raise UserError(f"{path}: damaged ({wrong})")
     return checkpoint
 
 
-def find_checkpoint(args, config):
-    """What --resume names -> (checkpoint, its path), or (None, None). A damaged latest gives way to the one before."""
-    latest, previous = (Path(args.out, name) for name in CKPT)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and latest.exists()  # by torchrun --max-restarts
-    if args.resume not in ("auto", "none") and not restarted:
-        return load_checkpoint(args.resume, config), Path(args.resume)
-    if args.resume == "none" and not restarted:
-        return None, None
-    try:
-        if latest.exists():
-            return load_checkpoint(latest, config), latest
-    except Damaged as error:
-        if not previous.exists():
-            raise
-        print(f"{error}: going on from {previous}", file=sys.stderr)
-    return (load_checkpoint(previous, config), previous) if previous.exists() else (None, None)
+def resume(run, args, rank):
+    """Load what --resume names -> (its step, its path), or (0, None). A damaged latest gives way to the one before."""
+    found = [path for path in (Path(args.out, name) for name in CKPT[:2]) if path.exists()]
+    restarted = found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
+    if args.resume != "auto" and not restarted:
+        found = [] if args.resume == "none" else [Path(args.resume)]
+    for path in found:
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            if path == found[-1]:
+                raise
+            if rank == 0:
+                print(f"{error}; going on from {found[-1]}", file=sys.stderr)
+            continue
+        refuse_other(path, checkpoint["config"], run.config)
+        run.load(checkpoint, path)
+        return checkpoint["step"], path
+    return 0, None
 
 
 def save_checkpoint(state, out):
     """Write the latest checkpoint; the one that was the latest is kept, whatever happens."""
-    latest, previous = (out / name for name in CKPT)
-    with atomic(latest) as file:
+    latest, previous, new = (out / name for name in CKPT)
+    with atomic(new) as file:
         torch.save(state, file)
-        file.flush()
-        verify(file.name)
-        if latest.exists():
-            os.replace(latest, previous)
+    read_checkpoint(new)
+    if latest.exists():
+        os.replace(latest, previous)
+    os.replace(new, latest)
 
 
 def prepare_out(out, first, source, size):
-    """Make --out; set another run's files aside, and cut a continued run's log where it continues."""
-    latest, previous = (out / name for name in CKPT)
-    log = out / "log.jsonl"
+    """Make --out ready: set another run's files aside, and cut a continued run's log where it continues -> the log."""
+    latest, previous, _ = (out / name for name in CKPT)
+    log, spare, entries = out / "log.jsonl", out / "ckpt.aside.pt", []
+    for path in out.glob(CKPT[2] + "*"):  # of a run that was killed while it wrote
+        path.unlink()
     if source and source.resolve() in (latest.resolve(), previous.resolve()):
-        if source == previous and latest.exists():
-            os.replace(latest, out / "ckpt.damaged.pt")
-        whole = [line for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-        with atomic(log) as file:
-            file.write("".join(line + "\n" for line in whole if json.loads(line)["step"] <= first).encode())
+        if source.resolve() != latest.resolve() and latest.exists():
+            os.replace(latest, spare)  # lest the next checkpoint puts it in the place of the good one
+        if log.exists():
+            entries = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+            entries = [entry for entry in entries if entry["step"] <= first]
+            with atomic(log) as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
     elif log.exists() or latest.exists() or previous.exists():
         aside = next(path for path in (out / f"old{n}" for n in itertools.count(1)) if not path.exists())
         aside.mkdir()
-        for path in (latest, previous, log, out / "samples", out / "snapshots"):
+        for path in (latest, previous, spare, log, out / "samples", out / "snapshots"):
             if path.exists():
                 os.replace(path, aside / path.name)
     (out / "samples").mkdir(exist_ok=True)
@@ -731,6 +740,7 @@ def prepare_out(out, first, source, size):
     if free < 3 * size - kept:  # the latest, the one before, and the next while it is written
         raise UserError(f"--out {out}: {free / 1e9:.1f} GB are free there, and the checkpoints need "
                         f"{(3 * size - kept) / 1e9:.1f} GB")
+    return entries
 
 
 def picture(run, step, args, out, decode):
@@ -763,13 +773,9 @@ def train(args, data, held_out, rank, world, device):
         out.mkdir(parents=True, exist_ok=True)
         run.lock = lock(out)
     barrier()
-    checkpoint, source = find_checkpoint(args, run.config)
-    first = checkpoint["step"] if checkpoint else 0
-    if checkpoint:
-        run.load(checkpoint, source)
-    barrier()
-    if rank == 0:
-        prepare_out(out, first, source, 16 * sum(p.numel() for p in run.weights))
+    first, source = resume(run, args, rank)
+    run.check_ranks(first)
+    past = prepare_out(out, first, source, 16 * sum(p.numel() for p in run.weights)) if rank == 0 else []
     barrier()
     floor = dispersive_floor(args.disp, run.group, args.disp_tau, args.disp_margin) if run.blocks else 0.0
 
@@ -789,6 +795,12 @@ def train(args, data, held_out, rank, world, device):
             if board:
                 board.log(values, step=values["step"])
 
+    def show(done):
+        if rank == 0 and (done % args.sample_every == 0 or done == steps):
+            grid, spread = picture(run, done, args, out, decode)
+            record(step=done, block_distance=spread)
+            say(f"step {done:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     say(f"model   {args.model}, {sum(p.numel() for p in run.net.parameters()) / 1e6:.1f}M parameters, "
         f"objective {run.kind}{run.origin}")
@@ -804,6 +816,8 @@ def train(args, data, held_out, rank, world, device):
     sums, logged = 0.0, first
     started = shown = time.time()
     with Stop(world) as stop:
+        if first and not any(entry["step"] == first and "block_distance" in entry for entry in past):
+            show(first)  # the run ended before it could
         held_out = next(batches(held_out, 0, 1, args.batch, run.mine, args.seed, device))[1:3] if held_out else None
         for step, *batch in batches(data, first, steps, args.batch, run.mine, args.seed, device):
             done = step + 1
@@ -841,22 +855,19 @@ def train(args, data, held_out, rank, world, device):
                 record(step=done, **means, images_per_second=rate, seconds=now - started)
                 say(f"{text}  {rate:,.1f} images/s  {clock(left)} left")
             paused = time.time()
-            if is_ckpt:
-                run.check_ranks(done)
-                if rank == 0:
-                    save_checkpoint(run.state(done), out)
             if is_snapshot and rank == 0:
                 (out / "snapshots").mkdir(exist_ok=True)
                 with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
                     torch.save(dict(ema=run.ema.state_dict(), step=done, config=run.config), file)
+            if is_ckpt:  # last: what is due at a step before would be missing from a run that goes on from here
+                run.check_ranks(done)
+                if rank == 0:
+                    save_checkpoint(run.state(done), out)
             if stopped_by:
                 barrier()
-                say(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command continues there")
+                say(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; --resume auto, the default, goes on")
                 sys.exit(128 + stopped_by)
-            if (done % args.sample_every == 0 or done == steps) and rank == 0:
-                grid, spread = picture(run, done, args, out, decode)
-                record(step=done, block_distance=spread)
-                say(f"step {done:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
+            show(done)
             shown += time.time() - paused  # images/s counts training alone
     if first >= steps:
         say(f"{source} is at step {first:,} already: nothing to train; more with --steps")
