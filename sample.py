@@ -102,12 +102,12 @@ def start(device=None):
     if not dist.is_initialized():
         gpu = device.type == "cuda"
         # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
-        # (PyTorch issue 135712). Nodes count attempts each for itself, so for several see --max-restarts in the README
+        # (PyTorch issue 135712). Nodes count attempts each for itself: for several, see --max-restarts in the README
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
-        timeout = datetime.timedelta(hours=12)  # without a collective: normal when caching; torchrun sees to dead ranks
+        timeout = datetime.timedelta(hours=12)  # without a collective, as when caching; torchrun sees to dead ranks
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=timeout, rank=rank,
-                                world_size=world, store=dist.PrefixStore(attempt or "0", store))
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=timeout,
+                                rank=rank, world_size=world, store=dist.PrefixStore(attempt or "0", store))
     return dist.get_rank(), dist.get_world_size(), device
 
 
