@@ -447,7 +447,8 @@ class Trainer:
         self.mine = slice(rank * self.share, (rank + 1) * self.share)
         self.projector = None
         if args.repa:
-            parse_blocks(str(args.repa_block), len(self.net.blocks))
+            if args.repa_block > len(self.net.blocks):
+                raise UserError(f"--repa-block {args.repa_block}: expected a number from 1 to {len(self.net.blocks)}")
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1]).to(device)
         modules = [self.net, self.projector] if self.projector else [self.net]
         self.weights = [p for module in modules for p in module.parameters() if p.requires_grad]
