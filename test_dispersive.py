@@ -1537,7 +1537,8 @@ def test_the_second_view_of_a_diffusion_model_is_within_five_steps(photos, tmp_p
     base = ["--data", str(photos / "cache"), *TINY, "--steps", "1", "--contrastive", "dependent"]
     train.main([*base, "--model", "DiT-XS/8", "--out", str(tmp_path / "diffusion")])
     first, second = seen[0][0].chunk(2)
-    assert second.dtype == torch.int64 and 0 < (first - second).abs().max() <= 5
+    shift = 2 * torch.rand(32, generator=train.stream(0, 0, "time2", torch.device("cpu"))) - 1
+    assert torch.equal(second, (first + 4.995 * shift).round().long().clamp(0, 999)) and first.dtype == torch.int64
     seen.clear()
     train.main([*base, "--objective", "meanflow", "--out", str(tmp_path / "meanflow")])
     t, r = next((t, r) for t, r in seen if len(t) == 64)
@@ -1610,8 +1611,8 @@ def test_everything_at_once_on_two_ranks_equals_one_process(photos, tmp_path):
 
 
 def test_held_out_loss_is_the_regression_loss_under_fixed_draws(photos, tmp_path, capsys):
-    base = ["--data", photos / "cache", *TINY, "--out", tmp_path / "out"]
-    train.main([*map(str, base), "--val", str(photos / "cache"), "--steps", "1"])
+    base = ["--data", photos / "cache", *TINY, "--out", tmp_path / "out", "--lr", "1e-2"]
+    train.main([*map(str, base), "--val", str(photos / "cache"), "--steps", "4"])
     net = fresh_net()
     net.load_state_dict(weights(tmp_path / "out"))
     _, _, t, noise = first_inputs(photos, " val")
@@ -1619,7 +1620,7 @@ def test_held_out_loss_is_the_regression_loss_under_fixed_draws(photos, tmp_path
     labels = train.Data.open(photos / "cache").labels[train.batch_entries(0, 0, 32, 48)]
     with torch.no_grad():
         loss, _ = FlowMatching().loss(net, x, torch.from_numpy(labels), t, noise)
-    close(log_of(tmp_path / "out")[0]["val"], loss.mean().item(), 1e-5)
+    close(log_of(tmp_path / "out")[3]["val"], loss.mean().item(), 1e-5)
     other = tmp_path / "other"
     shutil.copytree(photos / "cache", other)
     (other / "meta.json").write_text(json.dumps(dict(classes=["cat", "cow"], vae="none")))
