@@ -1571,12 +1571,15 @@ def test_repa_aligns_block_eight_with_the_features(photos, trained, tmp_path, ca
     assert [value.shape for value in checkpoint["projector"].values()] == [v.shape for v in projector.parameters()]
     moved = [not torch.equal(checkpoint["projector"][name], value) for name, value in projector.state_dict().items()]
     assert all(moved)
+    base += ["--out", tmp_path / "both", "--steps", 2, "--repa"]
+    train.main([*map(str, base), str(shutil.copy(tmp_path / "both.npy", tmp_path / "moved.npy"))])
+    assert "was begun with --repa features (48, 2, 4, 6)" in fails(train.main, capsys, *base, tmp_path / "plain.npy")
     for shape, dtype in (((48, 5, 6), "f2"), ((47, 4, 6), "f2"), ((48, 3, 4, 6), "f2"), ((48, 4, 6), "i4"),
                          ((48,), "f4"), ((48, 4, 0), "f4")):
         np.save(tmp_path / "bad.npy", np.zeros(shape, dtype))
-        line = fails(train.main, capsys, *base, "--repa", tmp_path / "bad.npy", "--out", tmp_path / "bad")
+        line = fails(train.main, capsys, *base, tmp_path / "bad.npy")
         assert f"bad.npy: is {np.dtype(dtype)} {shape}, where floats (48, 4, D) or (48, 2, 4, D)" in line
-    line = fails(train.main, capsys, *base, "--repa", tmp_path / "both.npy", "--repa-block", 9, "--out", tmp_path / "b")
+    line = fails(train.main, capsys, *base, tmp_path / "both.npy", "--repa-block", 9)
     assert "--repa-block 9: expected a number from 1 to 8" in line
 
 
