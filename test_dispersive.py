@@ -1500,6 +1500,190 @@ def test_mean_flow_starts_from_a_sit(photos, trained, tmp_path):
     assert (weights(tmp_path)["r_embedder.mlp.2.weight"] == 0).all()
 
 
+def first_inputs(photos, suffix="", batch=32):
+    """Images, labels and draws of the first training step, taken from the streams one by one."""
+    data = train.Data.open(photos / "cache")
+    flips = np.random.default_rng([0, 0, zlib.crc32(b"flip")]).random(batch) < 0.5
+    images, labels = data.read(train.batch_entries(0, 0, batch, len(data)), flips)
+
+    def generator(purpose):
+        return train.stream(0, 0, purpose + suffix, torch.device("cpu"))
+    dropped = torch.rand(batch, generator=generator("label")) < 0.1
+    return (images.float() / 127.5 - 1, torch.where(dropped, 2, labels), torch.rand(batch, generator=generator("time")),
+            torch.randn(images.shape, generator=generator("noise")))
+
+
+def fresh_net():
+    torch.manual_seed(0)
+    return build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contrastive_baselines_contrast_two_views(kind, photos, trained, tmp_path):
+    """The first step's loss, written out: the second view has its own time and noise, or nearly the first one's."""
+    net, (x, y, t, noise), (_, _, t2, noise2) = fresh_net(), first_inputs(photos), first_inputs(photos, "2")
+    shift = torch.rand(32, generator=train.stream(0, 0, "time2", torch.device("cpu")))
+    views = {"independent": (t2, noise2), "dependent": ((t + 0.005 * (2 * shift - 1)).clamp(0, 1), noise)}
+    assert 0 < (views["dependent"][0] - t).abs().max() <= 0.005
+    for name, (t2, noise2) in views.items():
+        z, z_pos = (net(s.view(-1, 1, 1, 1) * x + (1 - s.view(-1, 1, 1, 1)) * n, s, y, blocks=(3,))[1][0]
+                    for s, n in ((t, noise), (t2, noise2)))
+        train.main(["--data", str(photos / "cache"), "--steps", "1", *TINY, "--contrastive", name, "--disp", kind,
+                    "--disp-blocks", "3", "--disp-group", "8", "--out", str(tmp_path / name)])
+        loss, contrast = losses(tmp_path / name)[0]
+        close(contrast, contrastive_loss(z, z_pos, kind, group=8).item(), 1e-4)
+        assert loss == losses(trained)[0][0]  # the second view carries no regression loss
+
+
+def test_the_second_view_of_a_diffusion_model_is_within_five_steps(photos, tmp_path, monkeypatch):
+    seen = []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y, r=None, blocks=():
+                        (seen.append((t, r)), forward(self, x, t, y, r, blocks))[1])
+    base = ["--data", str(photos / "cache"), *TINY, "--steps", "1", "--contrastive", "dependent"]
+    train.main([*base, "--model", "DiT-XS/8", "--out", str(tmp_path / "diffusion")])
+    first, second = seen[0][0].chunk(2)
+    shift = 2 * torch.rand(32, generator=train.stream(0, 0, "time2", torch.device("cpu"))) - 1
+    assert torch.equal(second, (first + 4.995 * shift).round().long().clamp(0, 999)) and first.dtype == torch.int64
+    seen.clear()
+    train.main([*base, "--objective", "meanflow", "--out", str(tmp_path / "meanflow")])
+    t, r = next((t, r) for t, r in seen if len(t) == 64)
+    assert (r[32:] == t[32:]).all() and (r[:32] != t[:32]).sum() == 8
+    assert math.isfinite(losses(tmp_path / "meanflow")[0][0])
+
+
+def test_repa_aligns_block_eight_with_the_features(photos, trained, tmp_path, capsys):
+    """The first step's loss, written out, for features with those of mirror images, and without."""
+    features = np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float16)
+    np.save(tmp_path / "both.npy", features)
+    np.save(tmp_path / "plain.npy", features[:, 0])
+    entries = train.batch_entries(0, 0, 32, 48)
+    flips = np.random.default_rng([0, 0, zlib.crc32(b"flip")]).random(32) < 0.5
+    x, y, t, noise = first_inputs(photos)
+    unflipped = torch.where(torch.from_numpy(flips).view(-1, 1, 1, 1), x.flip(-1), x)
+    base = ["--data", photos / "cache", *TINY, "--repa-block", "8", "--disp", "none"]
+    for name, images, target in (("both", x, features[entries, flips.astype(int)]),
+                                 ("plain", unflipped, features[entries, 0])):
+        train.main([*map(str, base), "--steps", "1", "--repa", str(tmp_path / f"{name}.npy"),
+                    "--out", str(tmp_path / name)])
+        assert ("without flips" in capsys.readouterr().out) == (name == "plain")
+        net = fresh_net()
+        projector = repa_projector(256, 6)  # drawn after the network
+        _, (h,) = net(t.view(-1, 1, 1, 1) * images + (1 - t.view(-1, 1, 1, 1)) * noise, t, y, blocks=(8,))
+        close(log_of(tmp_path / name)[0]["repa"], repa_loss(projector(h), torch.from_numpy(target)).item(), 1e-4)
+    assert losses_and_repa(tmp_path / "both")[0][0] == losses(trained)[0][0]
+    checkpoint = torch.load(tmp_path / "both" / "ckpt.pt", weights_only=True)
+    assert checkpoint["ema"].keys() == checkpoint["model"].keys() == net.state_dict().keys()
+    assert [value.shape for value in checkpoint["projector"].values()] == [v.shape for v in projector.parameters()]
+    moved = [not torch.equal(checkpoint["projector"][name], value) for name, value in projector.state_dict().items()]
+    assert all(moved)
+    base += ["--out", tmp_path / "both", "--steps", 2, "--repa"]
+    train.main([*map(str, base), str(shutil.copy(tmp_path / "both.npy", tmp_path / "moved.npy"))])
+    assert "was begun with --repa features (48, 2, 4, 6)" in fails(train.main, capsys, *base, tmp_path / "plain.npy")
+    for shape, dtype in (((48, 5, 6), "f2"), ((47, 4, 6), "f2"), ((48, 3, 4, 6), "f2"), ((48, 4, 6), "i4"),
+                         ((48,), "f4"), ((48, 4, 0), "f4")):
+        np.save(tmp_path / "bad.npy", np.zeros(shape, dtype))
+        line = fails(train.main, capsys, *base, tmp_path / "bad.npy")
+        assert f"bad.npy: is {np.dtype(dtype)} {shape}, where floats (48, 4, D) or (48, 2, 4, D)" in line
+    line = fails(train.main, capsys, *base, tmp_path / "both.npy", "--repa-block", 9)
+    assert "--repa-block 9: expected a number from 1 to 8" in line
+
+
+def losses_and_repa(out):
+    return [(entry["loss"], entry["repa"]) for entry in log_of(out) if "loss" in entry]
+
+
+def test_everything_at_once_on_two_ranks_equals_one_process(photos, tmp_path):
+    """Contrastive views, alignment, held-out loss and snapshots, in two accumulated passes on each of two ranks."""
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float32))
+    base = ["--data", photos / "cache", "--val", photos / "cache", *TINY, "--repa", tmp_path / "features.npy",
+            "--contrastive", "independent", "--disp-group", 8, "--disp-blocks", "2,4", "--grad-clip", 1,
+            "--snapshot-every", 2]
+    two = run("train.py", *base, "--steps", 4, "--micro", 8, "--out", tmp_path / "two", ranks=2)
+    train.main([*map(str, base), "--steps", "2", "--out", str(tmp_path / "one")])
+    train.main([*map(str, base), "--steps", "4", "--out", str(tmp_path / "one")])
+    train.main([*map(str, base), "--steps", "4", "--out", str(tmp_path / "whole")])
+    assert two.returncode == 0, two.stderr
+    names = ["loss", "disp", "repa", "val", "distance"]
+    curves = [[[entry[name] for name in names] for entry in log_of(tmp_path / out) if "loss" in entry]
+              for out in ("one", "whole", "two")]
+    assert len(curves[0]) == 4 and curves[0] == curves[1]
+    close(curves[2], curves[1], 1e-4)
+    for which in ("model", "projector"):
+        for name, value in weights(tmp_path / "one", which).items():
+            assert torch.equal(value, weights(tmp_path / "whole", which)[name])
+    snapshot = torch.load(tmp_path / "one" / "snapshots" / "0000004.pt", weights_only=True)
+    for name, value in weights(tmp_path / "one", "ema").items():
+        assert torch.equal(snapshot["ema"][name], value)
+    sample.main(["--ckpt", str(tmp_path / "one" / "snapshots" / "0000002.pt"), "--n", "2", "--steps", "1",
+                 "--out", str(tmp_path / "x.npz")])
+
+
+def test_held_out_loss_is_the_regression_loss_under_fixed_draws(photos, tmp_path, capsys):
+    base = ["--data", photos / "cache", *TINY, "--out", tmp_path / "out", "--lr", "1e-2"]
+    train.main([*map(str, base), "--val", str(photos / "cache"), "--steps", "4"])
+    net = fresh_net()
+    net.load_state_dict(weights(tmp_path / "out"))
+    _, _, t, noise = first_inputs(photos, " val")
+    x, _, _, _ = first_inputs(photos)  # batch 0 of the held-out data; its labels are not dropped
+    labels = train.Data.open(photos / "cache").labels[train.batch_entries(0, 0, 32, 48)]
+    with torch.no_grad():
+        loss, _ = FlowMatching().loss(net, x, torch.from_numpy(labels), t, noise)
+    close(log_of(tmp_path / "out")[3]["val"], loss.mean().item(), 1e-5)
+    other = tmp_path / "other"
+    shutil.copytree(photos / "cache", other)
+    (other / "meta.json").write_text(json.dumps(dict(classes=["cat", "cow"], vae="none")))
+    line = fails(train.main, capsys, *base, "--val", other)
+    assert f"--val {other}: its shape or classes differ" in line
+
+
+def test_guidance_of_mean_flow_reaches_the_objective(photos, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "MeanFlow", lambda **kwargs: (made.append(kwargs), MeanFlow(**kwargs))[1])
+    base = ["--data", str(photos / "cache"), *TINY, "--steps", "1", "--objective", "meanflow", "--meanflow-omega",
+            "0.5", "--meanflow-kappa", "0.4", "--meanflow-interval", "0.25", "1", "--out", str(tmp_path)]
+    train.main(base)
+    assert made == [dict(omega=0.5, kappa=0.4, interval=(0.25, 1.0))]
+
+
+def commands_of_the_readme(section):
+    """The command lines of a README section, $T written out; continuation lines joined."""
+    text = (HERE / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    shorthand = re.search(r'^T="(.*)"$', text, re.M)[1]
+    return [line.replace("$T", shorthand) for line in re.findall(r"`(\$T.*?)`", text)]
+
+
+@pytest.fixture
+def narrow_models(monkeypatch):
+    """The published shapes with their depths, but a width that is soon trained."""
+    for name, sizes in MODELS.items():
+        monkeypatch.setitem(MODELS, name, {**sizes, "hidden_size": 16, "num_heads": 2})
+
+
+def test_every_command_of_the_paper_row_by_row_runs(narrow_models, tmp_path, monkeypatch):
+    """As printed, in a folder that holds what they name: small images, features, a checkpoint to start from."""
+    rng = np.random.default_rng(0)
+    for folder in ("data/imagenet256", "data/imagenet256-val"):
+        (tmp_path / folder).mkdir(parents=True)
+        np.save(tmp_path / folder / "latents.npy", rng.integers(0, 256, (64, 3, 8, 8), dtype=np.uint8))
+        np.save(tmp_path / folder / "labels.npy", np.arange(64) % 4)
+        (tmp_path / folder / "meta.json").write_text(json.dumps(dict(classes=list("abcd"), vae="none")))
+    np.save(tmp_path / "dinov2.npy", rng.normal(size=(64, 2, 16, 6)).astype(np.float16))
+    monkeypatch.chdir(tmp_path)
+    commands = commands_of_the_readme("The paper, row by row")
+    assert len(commands) > 20 and len({out_of(command) for command in commands}) == len(commands)
+    for command in commands:
+        flags = command.split("train.py ")[1].split()
+        train.main([*flags, "--steps", "1", "--batch", "32", "--dtype", "fp32", "--log-every", "1", "--no-compile"])
+        entry, spread = log_of(out_of(command))
+        assert math.isfinite(entry["loss"]) and len(spread["block_distance"]) >= 12
+        assert ("val" in entry) == ("--val" in command) and ("repa" in entry) == ("--repa " in command)
+
+
+def out_of(command):
+    return re.search(r"--out (\S+)", command)[1]
+
+
 def test_damaged_and_malicious_checkpoints(tmp_path):
     class Evil:
         def __reduce__(self):

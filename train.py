@@ -45,9 +45,10 @@ DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=
 LABEL_DROPOUT = 0.1
 CKPT = "ckpt.pt", "ckpt.prev.pt", "ckpt.new.pt"  # the latest, the one before, and the next until it is verified
 NEVER = 2 ** 62  # the first bad step of a run without one
-# what may differ when a run is resumed; the data is compared by content
+# what may differ when a run is resumed; data and features are compared by content
 MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every",
-              "wandb", "resume", "out", "data", "val", "images", "cache_only", "skip_bad", "size", "vae", "bench"}
+              "wandb", "resume", "out", "data", "val", "images", "cache_only", "skip_bad", "size", "vae", "bench",
+              "repa"}
 
 
 def parse(argv):
@@ -448,7 +449,8 @@ class Trainer:
         self.mine = slice(rank * self.share, (rank + 1) * self.share)
         self.projector = None
         if args.repa:
-            parse_blocks(str(args.repa_block), len(self.net.blocks))
+            if args.repa_block > len(self.net.blocks):
+                raise UserError(f"--repa-block {args.repa_block}: expected a number from 1 to {len(self.net.blocks)}")
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1]).to(device)
         modules = [self.net, self.projector] if self.projector else [self.net]
         self.weights = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -467,6 +469,8 @@ class Trainer:
         self.mark = lambda phase: None  # --bench puts a stopwatch here
         self.config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
         self.config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        if args.repa:
+            self.config["repa"] = f"features {data.features.shape} ({zlib.crc32(data.features[0].tobytes()):08x})"
         self.config |= dict(sizes, dtype=self.dtype, disp_blocks=self.blocks, objective=self.kind,
                             classes=data.classes, vae=data.vae)
 
