@@ -1755,10 +1755,13 @@ def launch_ranks(log, *args, fault=None):
 
 
 def ends(*processes):
-    """Their exit codes."""
+    """Their exit codes; None for what had to be killed."""
+    codes = []
     for process in processes:
         process.join(60)
-    return [process.exitcode for process in processes]
+        codes.append(process.exitcode)
+        process.kill()
+    return codes
 
 
 def wait_for(condition):
@@ -1980,10 +1983,12 @@ def test_a_second_signal_exits_at_once(base, tmp_path):
         os.kill(process.pid, signal.SIGINT)
         time.sleep(0.05)
     time.sleep(1.2)
-    assert process.is_alive()
+    alive = process.is_alive()
     os.kill(process.pid, signal.SIGTERM)
     process.join(2)
-    assert process.exitcode == 143 and not (tmp_path / "run" / "ckpt.pt").exists()
+    stopped = not process.is_alive()
+    process.kill()
+    assert alive and stopped and process.exitcode == 143 and not (tmp_path / "run" / "ckpt.pt").exists()
 
 
 def test_a_signal_to_one_rank_stops_both(base, tmp_path):
