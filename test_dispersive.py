@@ -1793,7 +1793,9 @@ def same_checkpoint(out, reference):
 def base(photos, monkeypatch):
     """The flags of a run so small that starting it is nearly all it does."""
     monkeypatch.setitem(MODELS, *SHAPES.copy().popitem())
-    return ["--data", str(photos / "cache"), *NANO]
+    yield ["--data", str(photos / "cache"), *NANO]
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def test_killed_at_random_a_run_ends_in_the_same_bits(photos, trained, tmp_path):
@@ -1849,6 +1851,7 @@ def test_killed_at_the_worst_moments(fault, left, base, tmp_path):
 
 
 def killed_while_caching():
+    multiprocessing.set_start_method("fork", force=True)  # loaders that the server forks would outlive the run
     write = train.Rows.write
 
     def deadly(self, indices, rows):
@@ -2023,8 +2026,10 @@ def test_torchrun_restarts_from_the_last_checkpoint_and_stops_on_ctrl_c(base, tm
                                 "--max-restarts=1", tmp_path / "run.py", *map(str, args), "--steps", "1000000",
                                 "--out", tmp_path / "run"], start_new_session=True, stderr=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for(lambda: (tmp_path / "run" / "old1").exists() and logged(tmp_path / "run", 5)())
-    os.killpg(process.pid, signal.SIGINT)
+    try:
+        wait_for(lambda: (tmp_path / "run" / "old1").exists() and logged(tmp_path / "run", 5)())
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60)
     said, step = (tmp_path / "run.log").read_text(), torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
     assert said.count("continued from step 2") == 1 and said.count(f"SIGINT: saved at step {step}") == 1
