@@ -844,20 +844,13 @@ def train(args, data, held_out, rank, world, device):
                 rate = (done - logged) * args.batch / (now - shown)
                 left = (steps - done) * (now - started) / (done - first)
                 sums, logged, shown = 0.0, done, now
-                text = f"step {done:,}/{steps:,}  loss {means['loss']:.4f}"
-                if held_out:
-                    text += f"  val {means['val']:.4f}"
                 if not run.blocks:
                     del means["distance"]
-                elif args.contrastive:
-                    text += f"  contrastive {means['disp']:.3f} (distance {means['distance']:.3g})"
-                else:
+                elif not args.contrastive:
                     means["floor"] = floor
-                    text += f"  disp {means['disp']:.3f} (floor {floor:.3f}, distance {means['distance']:.3g})"
-                if args.repa:
-                    text += f"  repa {means['repa']:.3f}"
                 record(step=done, **means, images_per_second=rate, seconds=now - started)
-                say(f"{text}  {rate:,.1f} images/s  {clock(left)} left")
+                text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+                say(f"step {done:,}/{steps:,}  {text}  {rate:,.1f} images/s  {clock(left)} left")
             paused = time.time()
             if is_snapshot and rank == 0:
                 (out / "snapshots").mkdir(exist_ok=True)
