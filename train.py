@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw
 
 from dispersive import KINDS, MODELS, build_model, dispersive_floor, dispersive_loss, mean_distance
 from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores,
-                    default_dtype, default_objective, generate, list_images, load_file, load_weights, number,
-                    read_image, read_json, refuse_other, save_grid, start, weights_in)
+                    default_dtype, default_objective, first_line, generate, list_images, load_file, load_weights,
+                    number, read_image, read_json, refuse_other, save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
@@ -152,6 +152,9 @@ class Rows:
             else:
                 self._create(shape, dtype, made_of)
         barrier()
+        begun = open_data(self.part)
+        if (begun.shape, begun.dtype) != (shape, dtype) or self.notes[0].stat().st_size != len(begun):
+            raise UserError(f"{self.part}: it or its .map is not as it was begun: remove {self.notes[1]} to begin anew")
         self.rows = np.lib.format.open_memmap(self.part, mode="r+")
         self.map = np.memmap(self.notes[0], np.uint8, "r+")
         self.todo = np.array_split(np.flatnonzero(self.map == 0), world)[rank]
@@ -216,10 +219,8 @@ def cache_images(args, rank, world, device):
         dist.all_gather_object(everywhere, bad)
         bad = sorted(sum(everywhere, []))
     if bad and not args.skip_bad:
-        for _, error in bad if rank == 0 else []:
-            print(error, file=sys.stderr)
-        raise UserError(f"--images {folder}: {len(bad)} unreadable, named above: mend or remove them, or pass "
-                        f"--skip-bad; what is cached already is kept")
+        raise UserError(f"--images {folder}: {len(bad)} unreadable, such as {'; '.join(e for _, e in bad[:3])}: mend "
+                        f"or remove them, or pass --skip-bad, which lists all; what is cached already is kept")
     if rank == 0:
         labels = np.searchsorted(names, [path.parts[0] for path in relative])
         labels[[row for row, _ in bad]] = -1
@@ -243,15 +244,18 @@ def posteriors(vae, pixels):
 
 
 def open_data(path):
-    """A memory-mapped .npy array that is never unpickled; UserError when it is missing, damaged or of objects."""
+    """A memory-mapped .npy array, never unpickled; UserError when it is missing, damaged, of objects or too long."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError(f"the file is longer than {array.dtype} {array.shape}")
+        return array
+    except Exception as error:  # numpy raises whatever the damage causes
+        raise UserError(f"{path}: not a readable .npy array ({first_line(error)})") from None
 
 
 class Data:
-    """uint8 pixels (N, C, H, W), or float16 posterior mean and std of image and mirror (N, 2, 2C, H, W), by entry."""
+    """uint8 pixels (N, 3, H, H), or float16 posterior mean and std of image and mirror (N, 2, 8, H, H), by entry."""
 
     def __init__(self, name, latents, labels, classes, vae="none", meta=""):
         self.name, self.latents, self.labels, self.classes, self.vae = name, latents, labels, classes, vae
@@ -265,21 +269,21 @@ class Data:
         folder = Path(folder)
         if not (folder / "latents.npy").exists():
             raise UserError(f"--data {folder}: no latents.npy there; make it with --images FOLDER --data {folder}")
-        latents, labels = open_data(folder / "latents.npy"), np.array(open_data(folder / "labels.npy"))
+        latents, labels = open_data(folder / "latents.npy"), open_data(folder / "labels.npy")
         meta = read_json(folder / "meta.json")
-        if not isinstance(meta.get("classes"), list) or not isinstance(meta.get("vae"), str):
+        if not meta.get("classes") or not isinstance(meta["classes"], list) or not isinstance(meta.get("vae"), str):
             raise UserError(f"{folder / 'meta.json'}: expected a list of classes and the name of a vae")
         classes = list(map(str, meta["classes"]))
         shape = latents.shape
-        pixels = latents.dtype == np.uint8 and len(shape) == 4
-        moments = latents.dtype == np.float16 and len(shape) == 5 and shape[1] == 2 and shape[2] % 2 == 0
-        if not (pixels or moments) or shape[-1] != shape[-2]:
-            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where uint8 (N, C, H, H) or "
-                            f"float16 (N, 2, 2C, H, H) is expected")
+        dtype, *sizes = (np.uint8, 3) if meta["vae"] == "none" else (np.float16, 2, 8)
+        if latents.dtype != dtype or 0 in shape or shape[1:] != (*sizes, *2 * shape[-1:]):
+            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where {dtype.__name__} "
+                            f"(N, {', '.join(map(str, sizes))}, H, H) is expected: its meta.json has vae {meta['vae']}")
         if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1]:
             raise UserError(f"{folder / 'labels.npy'}: is {labels.dtype} {labels.shape}, where {latents.shape[:1]} "
                             f"integers are expected")
-        if not len(labels) or labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
+        labels = np.array(labels)
+        if labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
             raise UserError(f"{folder / 'labels.npy'}: expected labels from 0 to {len(classes) - 1} (-1: left out)")
         return cls(str(folder), latents, labels.astype(np.int64), classes, meta["vae"], json.dumps(meta))
 
