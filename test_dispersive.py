@@ -3108,7 +3108,7 @@ def valid(tmp_path_factory):
             config = dict(model="SiT-XS/8", objective="flow", input_size=16, in_channels=channels, num_classes=2,
                           classes=["cat", "dog"], vae="none" if channels == 3 else "vae.pt")
             net = build_model("SiT-XS/8", input_size=16, in_channels=channels, num_classes=2)
-            optimizer = torch.optim.AdamW(net.parameters())
+            optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
             net(rn(1, 2, channels, 16, 16), ru(1, 2), torch.tensor([0, 1])).sum().backward()
             optimizer.step()
             torch.save(dict(model=net.state_dict(), ema=net.state_dict(), opt=optimizer.state_dict(), step=3,
