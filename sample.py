@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -220,13 +221,22 @@ def load_file(path):
         raise UserError(f"{path}: no such file")
     if Path(path).suffix == ".safetensors":
         return load_safetensors(path)
-    try:  # files from before torch 1.6 are no zip archives and cannot be mapped
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the published training code keeps its flags so
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are no zip archives and cannot be mapped
+        if zipped and sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) > os.path.getsize(path):
+            raise ValueError("its records are compressed, which torch's are not")
+        # the published training code keeps its flags in a Namespace; torch.load warns of what it then refuses
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not a dict of tensors")
+        json.dumps(state.get("config"))  # of plain values, which can be compared
+    except pickle.UnpicklingError:  # torch's message tells how to run it nevertheless
+        raise UserError(f"{path}: not a readable weights file (its pickle is damaged or would run code)") from None
     except Exception as error:  # torch.load raises whatever the damage causes
         raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not a dict of tensors")
+    check_state(weights_in(state), path)
     return state
 
 
@@ -266,13 +276,27 @@ def load_safetensors(path):
     return tensors
 
 
+def weights_in(checkpoint):
+    """The EMA of a checkpoint of train.py; the state dict of a published file, bare or under "ema" or "model"."""
+    return checkpoint.get("ema", checkpoint.get("model", checkpoint))
+
+
+def check_state(state, path):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and not value.is_nested and not value.is_meta for name, value in state.items()):
+        raise UserError(f"{path}: not a state dict, which maps names to dense tensors")
+
+
 def load_weights(module, state, path, assign=False):
     """Load a state dict into a module; UserError names the first tensor that is missing, unexpected or misshapen."""
-    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        raise UserError(f"{path}: not a state dict, which maps names to tensors")
+    def kind(tensor):
+        return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
+
+    check_state(state, path)
     expected = module.state_dict()
     for name in sorted(expected.keys() | state.keys()):
-        want, have = (tuple(d[name].shape) if name in d else "nothing" for d in (expected, state))
+        want, have = (kind(d[name]) if name in d else "nothing" for d in (expected, state))
         if want != have:
             raise UserError(f"{path}: {name} is {have} where {want} is expected")
     module.load_state_dict(state, assign=assign)
@@ -280,8 +304,11 @@ def load_weights(module, state, path, assign=False):
 
 def read_json(path):
     try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable description ({first_line(error)})") from None
 
 
@@ -307,15 +334,18 @@ def list_images(folder):
     return sorted(paths, key=str)
 
 
-def read_image(path):
-    """One image file as RGB; UserError when it is damaged, no image, or a decompression bomb."""
+def read_image(path, size=None):
+    """One image file as RGB; UserError when it is damaged, no image, a decompression bomb, or not of this size."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever the damage causes
         raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
+    if size not in (None, image.size):
+        raise UserError(f"{path}: {image.size} pixels, where {size} are expected")
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,11 +536,6 @@ def default_objective(model):
     return "flow" if model.startswith("SiT") else "diffusion"
 
 
-def weights_in(checkpoint):
-    """The EMA of a checkpoint of train.py; the state dict of a published file, bare or under "ema" or "model"."""
-    return checkpoint.get("ema", checkpoint.get("model", checkpoint))
-
-
 def load_model(path, name=None):
     """Checkpoint file -> (model with the EMA weights on the CPU, its config).
 
@@ -525,20 +550,32 @@ def load_model(path, name=None):
     name = config["model"]
     if name is None:
         raise UserError(f"{path}: holds no config; say with --model which model it is, for instance SiT-XL/2")
-    if name not in MODELS:
-        raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
+    if name not in [*MODELS]:
+        raise UserError(f"{path}: --model {name!r:.80}: expected one of {', '.join(MODELS)}")
     try:
         patch, channels = MODELS[name]["patch_size"], state["x_embedder.proj.weight"].shape[1]
         sizes = dict(input_size=patch * math.isqrt(state["pos_embed"].shape[1]), in_channels=channels,
                      num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
                      learn_sigma=len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2,
                      second_time="r_embedder.mlp.0.weight" in state)
-    except (KeyError, TypeError, AttributeError, IndexError):
+        if min(sizes["input_size"], channels, sizes["num_classes"]) < 1:
+            raise IndexError
+    except (KeyError, TypeError, IndexError):
         raise UserError(f"{path}: not the weights of a DiT or SiT") from None
+    config = {"objective": default_objective(name), **config}
+    objective, classes = config["objective"], config["classes"]
+    fits = {key: config.get(key, size) == size for key, size in sizes.items()} | dict(
+        objective=objective in [*OBJECTIVES] and sizes["second_time"] >= (objective == "meanflow")
+        and sizes["learn_sigma"] >= (objective == "diffusion"),
+        classes=classes is None or isinstance(classes, list) and len(classes) == sizes["num_classes"]
+        and all(isinstance(kind, str) for kind in classes), vae=isinstance(config["vae"], str | None))
+    for key in fits:
+        if not fits[key]:
+            raise UserError(f"{path}: {key} {config[key]!r:.80} does not fit its tensors")
     with torch.device("meta"):
         net = build_model(name, **sizes)
     load_weights(net, state, path, assign=True)
-    return net.float().eval().requires_grad_(False), {"objective": default_objective(name), **config, **sizes}
+    return net.float().eval().requires_grad_(False), config | sizes
 
 
 def parse_classes(text, config):
@@ -553,16 +590,15 @@ def parse_classes(text, config):
     return labels
 
 
-def write_npz(path, files, labels):
+def write_npz(path, files, size, labels):
     """An ADM-style archive of image files: arr_0 (N, H, W, 3) uint8, streamed image by image, and arr_1, the labels."""
-    height, width, channels = np.asarray(Image.open(files[0])).shape
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, channels))
+    header = dict(descr="|u1", fortran_order=False, shape=(len(files), *size, 3))
     entries = [zipfile.ZipInfo(name) for name in ("arr_0.npy", "arr_1.npy")]
     with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(entries[0], "w", force_zip64=True) as entry:
             np.lib.format.write_array_header_1_0(entry, header)
             for image in files:
-                entry.write(np.asarray(Image.open(image)).tobytes())
+                entry.write(read_image(image, size).tobytes())
         with archive.open(entries[1], "w") as entry:
             np.lib.format.write_array(entry, labels, allow_pickle=False)
 
@@ -651,9 +687,10 @@ def main(argv=None):
             columns = min(8, args.n // kinds)
             shown = [row + kinds * column for row in range(kinds) for column in range(columns)]
         grid = out.with_suffix(".png") if out.suffix == ".npz" else out.with_name(out.name + ".png")
-        save_grid(np.stack([np.asarray(Image.open(files[i])) for i in shown]).transpose(0, 3, 1, 2), grid, columns)
+        size = 2 * (shape[-1] * (8 if decode else 1),)
+        save_grid(np.stack([read_image(files[i], size) for i in shown]).transpose(0, 3, 1, 2), grid, columns)
         if out.suffix == ".npz":
-            write_npz(out, files, labels)
+            write_npz(out, files, size, labels)
             shutil.rmtree(folder)
         print(f"wrote {out} and {grid}")
     barrier()

@@ -7,10 +7,12 @@ import argparse
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -20,8 +22,10 @@ import subprocess
 import sys
 import time
 import urllib.error
+import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -3040,3 +3044,471 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     with pytest.raises(UserError, match="bomb.png: not a readable image .*decompression bomb"):
         sample.read_image(tmp_path / "bomb.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Malformed inputs, made from valid ones: each is refused in one line, with exit code 2, and nothing is written
+
+SMALL = "--model SiT-XS/8 --batch 32 --dtype fp32 --disp none --out out "
+COMMANDS = {  # in a folder with the files of `valid`
+    "train": (train, SMALL + "--data pixels --steps 1"),
+    "train on latents": (train, SMALL + "--data moments --steps 1"),
+    "resume": (train, SMALL + "--data pixels --steps 4 --resume ckpt.pt"),
+    "start from": (train, SMALL + "--data pixels --steps 1 --init ckpt.pt"),
+    "cache": (train, "--images images --data out --vae none --size 16 --cache-only"),
+    "cache on": (train, "--images images --data begun --vae none --size 16 --cache-only"),
+    "cache by": (train, "--images images --data out --vae vae.pt --size 16 --cache-only"),
+    "sample": (sample, "--ckpt ckpt.pt --n 4 --steps 1 --dtype fp32 --out out.npz"),
+    "sample on": (sample, "--ckpt ckpt.pt --n 4 --steps 1 --dtype fp32 --out made.npz"),
+    "sample published": (sample, "--ckpt bare.safetensors --model SiT-XS/8 --n 2 --steps 1 --dtype fp32 --out out"),
+    "decode": (sample, "--ckpt latent.pt --n 2 --steps 1 --dtype fp32 --out out.npz"),
+    "compare": (fid, "a.npz b.npz --weights random --device cpu --save out.npz"),
+    "compare folders": (fid, "images/cat b.npz --weights random --device cpu --save out.npz"),
+    "compare statistics": (fid, "mu.npz nu.npz --device cpu --save out.npz"),
+    "compare by": (fid, "a.npz b.npz --weights inception.pt --device cpu --save out.npz")}
+
+
+def written(save, *args, **options):
+    """The bytes that `save(file, ...)` writes."""
+    file = io.BytesIO()
+    save(file, *args, **options)
+    return file.getvalue()
+
+
+def saved(value, **options):
+    return written(lambda file: torch.save(value, file, **options))
+
+
+def shrink(monkeypatch):
+    """A small model, and networks made without the work of initialising them."""
+    monkeypatch.setitem(train.MODELS, "SiT-XS/8", dict(hidden_size=16, depth=2, num_heads=2, patch_size=8))
+    for layer in (torch.nn.Linear, torch.nn.modules.conv._ConvNd):
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+    monkeypatch.setattr(sample.VAE, "decode", lambda self, z: z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+    inception = fid.Inception
+    monkeypatch.setattr(fid, "Inception", lambda w=None: inception_of(w) if w == "random" else inception(w))
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """A folder of small inputs of every kind."""
+    root = tmp_path_factory.mktemp("valid")
+    rng, labels = np.random.default_rng(0), np.arange(16) % 2
+    for name, latents, vae in (("pixels", rng.integers(0, 256, (16, 3, 16, 16), np.uint8), "none"),
+                               ("moments", rng.normal(size=(16, 2, 8, 8, 8)).astype(np.float16), "vae.pt")):
+        (root / name).mkdir()
+        np.save(root / name / "latents.npy", latents)
+        np.save(root / name / "labels.npy", labels)
+        (root / name / "meta.json").write_text(json.dumps(dict(classes=["cat", "dog"], vae=vae)))
+    for path in [f"images/{name}/{suffix}.{suffix}" for name in ("cat", "dog") for suffix in ("jpg", "png", "tif")]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(root / path)
+    for name in ("mu", "nu"):
+        x = rng.normal(size=(9, 5))
+        np.savez(root / f"{name}.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False))
+        np.savez(root / f"{'ab'[name == 'nu']}.npz", rng.integers(0, 256, (4, 8, 8, 3), np.uint8))
+    with torch.device("meta"):
+        networks = {"vae.pt": sample.VAE(), "inception.pt": fid.Inception()}
+    for name, network in networks.items():  # large, but not on disk
+        torch.save({name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    for name, tensor in network.state_dict().items()}, root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.chdir(root)
+        for name, channels in (("ckpt.pt", 3), ("latent.pt", 4)):
+            config = dict(model="SiT-XS/8", objective="flow", input_size=16, in_channels=channels, num_classes=2,
+                          classes=["cat", "dog"], vae="none" if channels == 3 else "vae.pt")
+            net = build_model("SiT-XS/8", input_size=16, in_channels=channels, num_classes=2)
+            optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+            net(rn(1, 2, channels, 16, 16), ru(1, 2), torch.tensor([0, 1])).sum().backward()
+            optimizer.step()
+            torch.save(dict(model=net.state_dict(), ema=net.state_dict(), opt=optimizer.state_dict(), step=3,
+                            config=config), name)
+        write_safetensors(Path("bare.safetensors"), torch.load("ckpt.pt")["ema"])
+        # output that was begun, to go on with
+        patch.setattr(sample, "write_npz", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(train.Rows, "write", mock.Mock(side_effect=KeyboardInterrupt))
+        for command in ("sample on", "cache on"):
+            script, flags = COMMANDS[command]
+            with pytest.raises(SystemExit):
+                script.main(flags.split())
+        Path("made.npz.part/000003.png").unlink()
+        Path("made.png").unlink()
+    return root
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() if path.stat().st_size < 10**7 else path.stat().st_mtime_ns
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_valid_inputs_are_accepted(command, valid, tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    shutil.copytree(valid, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    script, flags = COMMANDS[command]
+    before = files(tmp_path)
+    script.main(flags.split())
+    assert {path.suffix for path in files(tmp_path).keys() - before.keys()} & {".pt", ".npz", ".npy", ".png"}
+
+
+# A change is the new bytes, or a function of the old ones; None deletes; (bytes, size) is a sparse file of that size.
+
+
+def cut(*places):
+    return {f"cut at {place}": lambda whole, place=place: whole[:place] for place in places}
+
+
+def flip(*places):
+    return {f"byte {place} flipped": lambda whole, place=place: b"".join(
+        (whole[:place], bytes([whole[place] ^ 255]), whole[place:][1:])) for place in places}
+
+
+def instead(*contents):
+    return {f"{content!r:.60}": content if content is None else content.encode("latin1") for content in contents}
+
+
+def npy(shape=(16, 3, 16, 16), descr="|u1", order=False, size=12288):
+    """A header, whatever it says, over so many bytes."""
+    return {f"{descr} {shape} {order}"[:60]: npy_header(shape, descr, order) + bytes(size)}
+
+
+def npy_text(text):
+    return {f"header {text:.30}": b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode() + bytes(12288)}
+
+
+def arrays(**changes):
+    return {name: lambda whole, change=change: written(np.save, change(np.load(io.BytesIO(whole))))
+            for name, change in changes.items()}
+
+
+def archives(**changes):
+    return {name: lambda whole, change=change: written(np.savez, **change(dict(np.load(io.BytesIO(whole)))))
+            for name, change in changes.items()}
+
+
+def zipped(method=zipfile.ZIP_STORED, **members):
+    def save(file):
+        with zipfile.ZipFile(file, "w", method) as archive:
+            for name, content in members.items():
+                archive.writestr(f"{name}.npy", content)
+    return written(save)
+
+
+def put(at, *values):
+    """Each of these values at a place in a checkpoint, the keys on the way separated by "/"."""
+    return {f"{at} {' '.join(repr(value).split()):.50}": lambda whole, value=value: altered(whole, at, lambda _: value)
+            for value in values}
+
+
+def without(*places):
+    return {f"no {at}": lambda whole, at=at: altered(whole, at, None) for at in places}
+
+
+def altered(whole, at, change):
+    state = parent = torch.load(io.BytesIO(whole))
+    *way, last = [int(key) if key.isdecimal() else key for key in at.split("/")]
+    for key in way:
+        parent = parent[key]
+    if change:
+        parent[last] = change(parent.get(last))
+    else:
+        del parent[last]
+    return saved(state)
+
+
+class Runs:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("owned"),)
+
+
+def pickles(*kinds):
+    objects = np.array([Runs()] * 16, object)
+    return {f"evil {kind}": lambda _, kind=kind: {
+        "pickle": lambda: pickle.dumps(Runs()), "text pickle": lambda: pickle.dumps(Runs(), 0),
+        "npy": lambda: written(np.save, objects), "npz": lambda: written(np.savez, arr_0=objects, mu=objects),
+        "torch": lambda: saved(dict(ema=Runs())), "old torch": lambda: saved(
+            dict(ema=Runs()), _use_new_zipfile_serialization=False)}[kind]() for kind in kinds}
+
+
+def test_a_malicious_file_would_leave_its_mark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind, load in (("pickle", pickle.load), ("text pickle", pickle.load),
+                       ("npy", functools.partial(np.load, allow_pickle=True)),
+                       ("npz", lambda file: np.load(file, allow_pickle=True)["mu"]),
+                       ("torch", functools.partial(torch.load, weights_only=False)),
+                       ("old torch", functools.partial(torch.load, weights_only=False))):
+        change, = pickles(kind).values()
+        load(io.BytesIO(change(b"")))
+        Path("owned").unlink()
+
+
+def png(width, height):
+    """A small file that claims any size."""
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\2\0\0\0") + chunk(
+        b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def lying(count):
+    """An archive of `count` images by the array's header and the archive's directory, but of four by its bytes."""
+    whole = zipped(arr_0=npy_header((count, 8, 8, 3)) + bytes(768))
+    real, claimed = (size.to_bytes(4, "little") for size in (768 + 128, count * 192 + 128))
+    return whole.replace(real + real, real + claimed)
+
+
+def torchscript(_):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return written(lambda file: torch.jit.save(torch.jit.script(torch.nn.Identity()), file))
+
+
+def bomb(whole):
+    """A checkpoint's records, and one that is small on disk alone."""
+    file = io.BytesIO(whole)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/bomb", bytes(10**7))
+    return file.getvalue()
+
+
+NOT_TEXT, DEEP = ["", "{", "text", "\xff\xfe{\0", "\0" * 200], "[" * 100_000
+BIAS, TABLE = "final_layer.linear.bias", "y_embedder.embedding_table.weight"
+TENSORS = {  # at a place where 384 floats are expected
+    f"{BIAS} {name}": lambda whole, make=make: altered(whole, f"ema/{BIAS}", lambda _: make(torch.ones(384)))
+    for name, make in dict(
+        short=lambda x: x[1:], long=lambda x: torch.ones(385), flat=lambda x: x[None], scalar=lambda x: x[0],
+        empty=lambda x: x[:0], complex=lambda x: x * 1j, integer=lambda x: x.long(), bool=lambda x: x > 0,
+        nowhere=lambda x: x.to("meta"), sparse=lambda x: x.to_sparse(), none=lambda x: None, list=lambda x: x.tolist(),
+        number=lambda x: 1.0, nested=lambda x: {"data": x}).items()}
+WEIGHTS = {**TENSORS, **put("ema", None, 3, "text", [], [ONES := torch.ones(3)], ONES, {}, {1: ONES}, {"a": {}}),
+           **put("ema/more", ONES, "text"), **put("ema/5", ONES), **without(f"ema/{BIAS}", "ema/pos_embed"),
+           **put("ema/pos_embed", torch.zeros(1, 0, 16), torch.zeros(1, 5, 16), torch.zeros(4, 16), torch.zeros(0)),
+           **put("ema/x_embedder.proj.weight", torch.zeros(16, 0, 8, 8), torch.zeros(16), torch.tensor(1.0))}
+TABLES = put(f"ema/{TABLE}", torch.zeros(3, 8), torch.zeros(3), torch.tensor(1.0))
+NO_WEIGHTS = {**cut(0, 1, 4, 30, 1000, -1000, -1), **flip(0, 2), **instead(*NOT_TEXT),
+              **pickles("torch", "old torch", "pickle", "text pickle", "npy", "npz"), "torchscript": torchscript,
+              "archive": zipped(a=b"text"), "list": lambda _: saved([ONES]), "tensor": lambda _: saved(ONES),
+              "text in torch": lambda _: saved("text"), "list, old": lambda _: saved(
+                  [ONES], _use_new_zipfile_serialization=False)}
+CONFIGS = {**put("config", 5, [], "text", {"model": "SiT-M/2"}, {"model": ONES}),
+           **put("config/model", "SiT-XS/4", "DiT-S/8", "", None, 3, ["SiT-XS/8"], ONES),
+           **put("config/input_size", 32, "16", None), **put("config/in_channels", 4),
+           **put("config/num_classes", 5, -1, "2")}
+
+MALFORMED_INPUTS = [  # (commands, file, its changes); the error's line names the file, or says the given words
+    ("train", "pixels/latents.npy", {
+        **cut(0, 5, 6, 7, 8, 9, 10, 60, 127, 128, 129, 500, -1), **flip(0, 5, *range(6, 12), *range(12, 128, 16)),
+        **instead(*NOT_TEXT), **pickles("pickle", "text pickle", "npy", "npz", "torch"),
+        **npy((-16, 3, 16, 16)), **npy((-16, -3, 16, 16)), **npy((10**12, 3, 16, 16)), **npy((2**63, 3, 16, 16)),
+        **npy((2**200, 3, 16, 16)), **npy((17, 3, 16, 16)), **npy((15, 3, 16, 16)), **npy((16, 768)), **npy(()),
+        **npy((16, 3, 256)), **npy((16, 3, 8, 32)), **npy((16, 1, 3, 16, 16)), **npy((48, 1, 16, 16)),
+        **npy((0, 3, 16, 16)), **npy((16, 3, 0, 0), size=0), **npy((16, 0, 16, 16), size=0),
+        **npy((16.0, 3, 16, 16)), **npy("16"), **npy(None), **npy([16, 3, 16, 16]), **npy(((16,), 3, 16, 16)),
+        **npy(descr="|O"), **npy(descr="<f2"), **npy(descr=">f2"), **npy(descr="|i1"), **npy(descr="|b1"),
+        **npy(descr="|S1"), **npy(descr="<U1"), **npy(descr="|V1"), **npy(descr="|u0"), **npy(descr="nonsense"),
+        **npy(descr=""), **npy(descr=7), **npy(descr=[("a", "|u1")]), **npy(descr=[("a", "|O")]), **npy(order="yes"),
+        **npy_text("{}"), **npy_text("{'descr': '|u1', 'shape': (16,)}"), **npy_text("("), **npy_text("(" * 9000),
+        **npy_text("x" * 20_000), **npy_text("__import__('pathlib').Path('owned').touch()"), **npy_text("a\n b\nc"),
+        "with more": lambda whole: whole + b"\0",
+        **arrays(floats=np.float32, four_channels=lambda a: a.repeat(2, 1)[:, :4], one_channel=lambda a: a[:, :1])}),
+    ("train", "pixels/latents.npy", instead(None), "pixels: no latents.npy there"),
+    ("train", "pixels/latents.npy", {
+        "sparse": (npy_header((10**9, 3, 16, 16)), 10**9 * 768 + 128),
+        **arrays(more=lambda a: a.repeat(2, 0), fewer=lambda a: a[1:])}, "pixels/labels.npy"),
+    ("train", "pixels/labels.npy", {
+        **cut(0, 8, 100, 128, -8, -1), **flip(3, 9, 30), **instead(None, *NOT_TEXT), **pickles("pickle", "npy", "npz"),
+        **npy((16,), "|O", size=128), **npy((-16,), "<i8", size=128), **npy((10**13,), "<i8", size=128),
+        "with more": lambda whole: whole + bytes(8),
+        "sparse": (npy_header((10**11,), "<i8"), 8 * 10**11 + 128),
+        **arrays(out_of_range=lambda a: a + 1, negative=lambda a: a - 2, huge=lambda a: a.astype("u8") + (2**64 - 2),
+                 none_left=lambda a: a * 0 - 1, floats=lambda a: a / 1, complex=lambda a: a * 1j, bools=lambda a: a > 0,
+                 text=lambda a: a.astype(str), dates=lambda a: a.astype("M8[s]"), column=lambda a: a[:, None],
+                 one_hot=lambda a: np.eye(2, dtype=int)[a], fewer=lambda a: a[:-1], more=lambda a: np.resize(a, 17),
+                 scalar=lambda a: a[0], records=lambda a: np.zeros(16, [("a", int)]))}),
+    ("train", "pixels/meta.json", instead(
+        None, *NOT_TEXT, "[]", "null", "3", '"text"', "[[1, 2]]", "[[[], 2]]", "{}", '{"classes": ["cat", "dog"]}',
+        '{"vae": "none"}', '{"classes": 2, "vae": "none"}', '{"classes": {"cat": 0, "dog": 1}, "vae": "none"}', DEEP,
+        '{"classes": null, "vae": "none"}', '{"classes": [], "vae": "none"}', '{"classes": ["cat"], "vae": null}',
+        '{"classes": ["cat", "dog"], "vae": "none"', "9" * 5000, '{"a":' * 100_000)),
+    ("train", "pixels/meta.json", instead('{"classes": ["cat", "dog"], "vae": "mse"}'), "latents.npy: .* meta.json"),
+    ("train", "pixels/meta.json", instead('{"classes": ["cat"], "vae": "none"}'), "pixels/labels.npy"),
+    ("train on latents", "moments/latents.npy", {
+        **cut(128, 1000, -2), **pickles("npy"), **npy((16, 2, 8, 8, 8), "<f4", size=65536),
+        **arrays(one_view=lambda a: a[:, :1], rank=lambda a: a[:, 0], oblong=lambda a: a[..., 1:],
+                 odd=lambda a: a[:, :, 1:], means_alone=lambda a: a[:, :, :4], bytes=lambda a: a.astype(np.uint8),
+                 doubles=lambda a: a.astype(float), integers=lambda a: a.view(np.int16))}),
+    ("train on latents", "moments/meta.json", instead('{"classes": ["cat", "dog"], "vae": "none"}'),
+     "latents.npy: .* meta.json"),
+    ("train on latents", "vae.pt", {**cut(0, 3000), **pickles("torch"), **instead(None)}),
+    ("sample, resume, start from", "ckpt.pt", NO_WEIGHTS),
+    ("sample", "ckpt.pt", {"compressed": bomb}, "ckpt.pt: .* compressed"),
+    ("sample, start from", "ckpt.pt", WEIGHTS),
+    ("sample", "ckpt.pt", {
+        **CONFIGS, **TABLES, **put(f"ema/{TABLE}", torch.zeros(0, 16), torch.zeros(1, 16)), **without("config/model"),
+        "bare": lambda whole: saved(torch.load(io.BytesIO(whole))["ema"]),
+        **put("config/objective", "rectified", None, 3, "meanflow", ["flow"]), **put("config/vae", 3, ["ema"]),
+        **put("config/classes", 5, "cat", ["cat"], ["cat", "dog", "cow"], {"cat": 0, "dog": 1}, [0, 1], [ONES, ONES])}),
+    ("resume", "ckpt.pt", {
+        **{f"model {name}": change for name, change in put("model", None, [], {}, ONES, {1: ONES}).items()},
+        **put(f"model/{BIAS}", None, torch.ones(383), torch.ones(384).to_sparse()), **put("ema", None, [], {}),
+        **put(f"ema/{BIAS}", None, torch.ones(383), torch.ones(384, device="meta")), **put("config", 5, None, []),
+        **put("config/model", "SiT-XS/4", ["SiT-XS/8"], ONES), **put("config/objective", "diffusion", "meanflow", 3),
+        **put("config/num_classes", 5, ONES), **put("config/input_size", 32), **put("config/classes", ["cat"], "cat"),
+        **put("config/data", "16 of 3x16x16 (00000000)"), **put("config/lr", 1.0, "fast", ONES),
+        **without("model", "ema", "opt", "step", "config", f"model/{BIAS}", "ema/pos_embed")}),
+    ("resume", "ckpt.pt", {  # for train.py's load_checkpoint and its loading of the optimiser
+        **put("step", "3", -1, 1.5, None, True, [3], ONES),
+        **put("opt", None, [], {}, "text", ONES, {"state": {}, "param_groups": []}),
+        **without("opt/state", "opt/param_groups", "opt/state/1", "opt/state/3/exp_avg", "opt/state/3/step"),
+        **put("opt/state", None, [], {}, {0: ONES}), **put("opt/state/3", None, {}, ONES),
+        **put("opt/state/3/exp_avg", None, ONES, 1.0, torch.tensor(1.0), torch.ones(3, 3, device="meta")),
+        **put("opt/state/3/exp_avg_sq", ONES, "text"), **put("opt/state/3/step", "text", ONES, None),
+        **put("opt/param_groups", None, [], {}, [{}]), **put("opt/param_groups/0/params", [], [0], None),
+        **without("opt/param_groups/0/params")}),
+    ("start from", "ckpt.pt", TABLES),  # for train.py's initialize
+    ("decode", "vae.pt", {
+        **cut(0, 3000, -1), **instead(None, *NOT_TEXT), **pickles("torch", "old torch", "pickle", "npz"),
+        **without("quant_conv.bias"), **put("quant_conv.bias", ONES, None, {}), **put("more", ONES),
+        **put("encoder.mid_block.attentions.0.to_k.weight", ONES, torch.zeros(512, 512, 1, 2)),
+        "list": lambda _: saved([ONES]), "empty": lambda _: saved({})}),
+    ("cache by", "vae.pt", {**cut(500), **pickles("torch"), **put("decoder.conv_in.bias", ONES)}),
+    ("sample published", "bare.safetensors", {
+        **{f"header {i}": content for i, content in enumerate(MALFORMED)}, **cut(0, 7, 8, 100, -1), **flip(0, 5, 7, 8),
+        "empty": safetensors({}, b""), "other names": safetensors(entry(), bytes(8)),
+        **pickles("torch", "pickle"), **instead(None)}),
+    ("compare by", "inception.pt", {
+        **cut(0, 3000, -1), **instead(None, "text"), **pickles("torch", "old torch", "npz"), **without("fc.bias"),
+        **put("fc.bias", ONES, None), **put("more", ONES), "list": lambda _: saved([ONES])}),
+    ("compare", "a.npz", {
+        **cut(0, 3, 22, 100, -100, -22, -1), **flip(0, 30, 60, 200, 500, -50, -30, -22, -6),
+        **instead(None, *NOT_TEXT), **pickles("npz", "npy", "pickle", "torch"), "empty": zipped(),
+        **{f"array {name}": zipped(arr_0=content) for name, content in {
+            **npy((4, 8, 8, 3), size=767), **npy((4, 8, 8, 3), size=769), **npy((10**12, 256, 256, 3)),
+            **npy((2**64, 8, 8, 3)), **npy((4, -8, -8, 3), size=768), **npy((-4, -8, 8, 3), size=768),
+            **npy((4, 8, 8, 3), "|O", size=768), **npy((4, 8, 8, 3), "<f4", size=3072), **npy((4, 8, 24), size=768),
+            **npy((4, 3, 8, 8), size=768), **npy((0, 8, 8, 3), size=0), **npy((4, 0, 8, 3), size=0),
+            **npy((1, 8, 8, 3), size=192), **npy((4, 8, 8, 3), order=True, size=768), **npy((), size=1),
+            **npy(None), **npy("4"), **npy((4.0, 8, 8, 3), size=768), **npy((4, 8, 8, 3), 5, size=768),
+            **npy_text("{}"), **npy_text("(" * 9000), **npy_text("a\n b\nc"), **instead("", "text")}.items()},
+        "claims 5": lying(5),
+        **archives(no_images=lambda a: {"images": a["arr_0"]}, half=lambda a: {"mu": np.zeros(5)})}),
+    ("compare", "a.npz", {"claims 2 * 10**7": lying(2 * 10**7)}, "a.npz: arr_0 claims to be"),
+    ("compare statistics", "mu.npz", {
+        **cut(100, -1), **pickles("npz"), **flip(200), **{
+            f"array {name}": zipped(mu=npy_header((5,), "<f8") + bytes(40), sigma=content) for name, content in {
+                **npy((5, 5), "<f8", size=100), **npy((5, 5), "|O", size=200), **npy((10**9, 10**9), "<f8"),
+                **npy((5, 5), "<c16", size=400), **npy((-5, -5), "<f8", size=200)}.items()},
+        "bomb": lambda _: zipped(zipfile.ZIP_DEFLATED, mu=npy_header((5,), "<f8") + bytes(40),
+                                 sigma=npy_header((5000, 5000), "<f8") + bytes(5000 * 5000 * 8)),
+        **archives(nan=lambda a: a | {"mu": a["mu"] * np.nan}, infinite=lambda a: a | {"sigma": a["sigma"] + np.inf},
+                   integers=lambda a: a | {"mu": a["mu"].astype(int)}, flat=lambda a: a | {"sigma": a["sigma"].ravel()},
+                   row=lambda a: a | {"mu": a["mu"][None]}, empty=lambda a: dict(mu=a["mu"][:0], sigma=np.eye(0)),
+                   alone=lambda a: {"mu": a["mu"]})}),
+    ("compare statistics", "mu.npz", archives(
+        wide=lambda a: a | {"mu": np.zeros(6)}, narrow=lambda a: a | {"sigma": np.eye(4)},
+        oblong=lambda a: a | {"sigma": a["sigma"][1:]}), "statistics do not fit together"),
+    *(("cache, compare folders", f"images/cat/{suffix}.{suffix}", {
+        **{f"cut at {at}": lambda whole, at=at: whole[:int(at * len(whole))] for at in (0, 0.05, 0.2, 0.6, 0.9)},
+        **instead(*NOT_TEXT[1:]), **pickles("pickle", "npy"),
+        "bomb": written(Image.new("RGB", (300, 300)).save, kind)})
+      for suffix, kind in (("jpg", "JPEG"), ("png", "PNG"), ("tif", "TIFF"))),
+    ("cache", "images/dog/png.png", {
+        **flip(0, 12, 19, 29, 45, 60), "claims 10**5 x 10**5": png(10**5, 10**5), "claims 100 x 100": png(100, 100),
+        "no size": png(0, 0), "a JPEG, cut": written(Image.new("RGB", (20, 20)).save, "JPEG")[:300]}),
+    ("cache on", "begun/latents.npy.part", {
+        **cut(0, 60, 128, -1), **instead(None, "text"), **pickles("npy", "pickle"),
+        **arrays(fewer=lambda a: a[1:], floats=np.float32, larger=lambda a: a.repeat(2, 2).repeat(2, 3))}),
+    ("cache on", "begun/latents.npy.part.map", {**cut(0, 5, -1), **instead(None)}, "begun/latents.npy.part(: .*|.)map"),
+    ("cache on", "begun/latents.npy.part.json", instead(*NOT_TEXT, "[]", DEEP)),
+    ("cache on", "begun/latents.npy.part.json", instead(
+        '{"size": 32}', '{"size": "16"}', '{"size": null}', '{"vae": ["none"]}'), "latents.npy.part was begun with"),
+    ("sample on", "made.npz.part/made_of.json", instead(*NOT_TEXT, "[]", DEEP)),
+    ("sample on", "made.npz.part/made_of.json", instead(
+        '{"seed": 1}', '{"steps": "1"}', '{"classes": {"0": 1}}'), "made.npz.part was begun with"),
+    ("sample on", "made.npz.part/000001.png", {
+        **cut(0, 20, 60, -30), **instead("text"), "bomb": png(10**5, 10**5),
+        "other size": written(Image.new("RGB", (8, 8)).save, "PNG")})]
+
+BAD_FLAGS = {
+    "train": ["--size 7", "--size 1e3", "--lr inf", "--epochs nan", "--micro 0", "--log-every 0", "--ckpt-every -1",
+              "--seed 1.5", "--resume nowhere.pt", "--init nowhere.pt", "--objective sde", "--model SiT-XS",
+              "--model ../x", "--data a.npz", "--disp hinge --disp-blocks 0", "--disp hinge --disp-blocks 1,,2",
+              "--disp-group 3 --disp cosine"],
+    "cache": ["--images a.npz", "--images pixels", "--size 0", "--data a.npz", "--vae nowhere.pt"],
+    "sample": ["--ckpt images", "--ckpt a.npz", "--n -1", "--n 1e3", "--steps 0", "--batch 0", "--cfg -1", "--cfg nan",
+               "--cfg-channels 0", "--cfg-interval 1", "--classes ,", "--classes 0,1,", "--classes -1", "--classes 1.0",
+               "--method ddpm", "--seed -1", "--dtype fp16", "--out ckpt.pt", "--nope"],
+    "compare": ["--batch 1.5", "--device tpu", "--weights images", "--save nowhere/x.npz", "--nope"]}
+CASES = [pytest.param(command, file, change, words[0] if words else re.escape(file), id=f"{command}-{file}-{name}")
+         for commands, file, changes, *words in MALFORMED_INPUTS for command in commands.split(", ")
+         for name, change in changes.items()] + [
+    pytest.param(command, None, flags, "|".join(map(re.escape, flags.split())), id=f"{command}-{flags}")
+    for command in BAD_FLAGS for flags in BAD_FLAGS[command]]
+REAL = ["train-pixels/latents.npy-cut at 500", "train-pixels/labels.npy-out_of_range", "train---seed 1.5",
+        "train on latents-moments/latents.npy-evil npy", "cache-images/dog/png.png-claims 10**5 x 10**5",
+        "sample-ckpt.pt-evil torch", "sample-ckpt.pt-config/objective 'rectified'",
+        "sample published-bare.safetensors-header 3", "compare-a.npz-array |u1 (1000000000000, 256, 256, 3) False",
+        "compare folders-images/cat/jpg.jpg-cut at 0.6"]
+
+
+def damage(valid, folder, file, change):
+    """The command line's further arguments, in a folder with the valid inputs, one of them changed."""
+    shutil.copytree(valid, folder, copy_function=os.link, dirs_exist_ok=True)
+    if file is None:
+        return change.split()
+    if callable(change):
+        change = change((folder / file).read_bytes())
+    (folder / file).unlink()
+    if change is not None:
+        content, size = change if isinstance(change, tuple) else (change, len(change))
+        (folder / file).write_bytes(content)
+        os.truncate(folder / file, size)
+    return []
+
+
+def check_refused(script, words, code, out, err, folder, before):
+    lines = [line for line in err.splitlines() if not re.match(r"(caching|sampling): [\d,/]+ images", line)]
+    assert code == 2 and len(lines) == 1 and re.match(rf"{script.__name__}: error: .", lines[0]), err
+    assert re.search(words, lines[0]) and len(lines[0]) < 600 and lines[0].isprintable(), lines[0]
+    assert "wrote" not in out
+    after = files(folder)
+    assert {path: after.get(path) for path in before} == before  # the inputs are untouched, and nothing was run
+    made = {path for path in after.keys() - before.keys() if ".part" not in str(path) and path.name != ".lock"}
+    assert not made, made
+
+
+@pytest.mark.parametrize("command, file, change, words", CASES)
+def test_malformed_input(command, file, change, words, valid, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script, flags = COMMANDS[command]
+    flags = [*flags.split(), *damage(valid, tmp_path, file, change)]
+    before = files(tmp_path)
+    shrink(monkeypatch)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(SystemExit) as stop, warnings.catch_warnings(record=True) as noise:
+        script.main(flags)
+    assert not noise, noise[0]
+    check_refused(script, words, stop.value.code, *capsys.readouterr(), tmp_path, before)
+
+
+def test_malformed_inputs_of_real_commands(valid, tmp_path):
+    cases = {case.id: case.values for case in CASES}
+    assert len(cases) == len(CASES) >= 200
+
+    def refused(name):
+        command, file, change, words = cases[name]
+        script, flags = COMMANDS[command]
+        folder = tmp_path / str(REAL.index(name))
+        flags = [*flags.split(), *damage(valid, folder, file, change)]
+        before = files(folder)
+        done = subprocess.run([sys.executable, script.__file__, *flags], cwd=folder, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        check_refused(script, words, done.returncode, done.stdout, done.stderr, folder, before)
+
+    with ThreadPoolExecutor(sample.cpu_cores()) as pool:
+        list(pool.map(refused, REAL))

@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
                         mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, clock, command, cpu_cores,
-                    default_dtype, default_objective, first_line, generate, list_images, load_file, load_weights, lock,
-                    number, read_image, read_json, refuse_other, save_grid, start, weights_in)
+from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, check_state, clock, command,
+                    cpu_cores, default_dtype, default_objective, first_line, generate, list_images, load_file,
+                    load_weights, lock, number, read_image, read_json, refuse_other, save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
@@ -179,6 +179,9 @@ class Rows:
             else:
                 self._create(shape, dtype, made_of)
         barrier()
+        begun = open_data(self.part)
+        if (begun.shape, begun.dtype) != (shape, dtype) or self.notes[0].stat().st_size != len(begun):
+            raise UserError(f"{self.part}: it or its .map is not as it was begun: remove {self.notes[1]} to begin anew")
         self.rows = np.lib.format.open_memmap(self.part, mode="r+")
         self.map = np.memmap(self.notes[0], np.uint8, "r+")
         self.todo = np.array_split(np.flatnonzero(self.map == 0), world)[rank]
@@ -243,10 +246,8 @@ def cache_images(args, rank, world, device):
         dist.all_gather_object(everywhere, bad)
         bad = sorted(sum(everywhere, []))
     if bad and not args.skip_bad:
-        for _, error in bad if rank == 0 else []:
-            print(error, file=sys.stderr)
-        raise UserError(f"--images {folder}: {len(bad)} unreadable, named above: mend or remove them, or pass "
-                        f"--skip-bad; what is cached already is kept")
+        raise UserError(f"--images {folder}: {len(bad)} unreadable, such as {'; '.join(e for _, e in bad[:3])}: mend "
+                        f"or remove them, or pass --skip-bad, which lists all; what is cached already is kept")
     if rank == 0:
         labels = np.searchsorted(names, [path.parts[0] for path in relative])
         labels[[row for row, _ in bad]] = -1
@@ -270,15 +271,18 @@ def posteriors(vae, pixels):
 
 
 def open_data(path):
-    """A memory-mapped .npy array that is never unpickled; UserError when it is missing, damaged or of objects."""
+    """A memory-mapped .npy array, never unpickled; UserError when it is missing, damaged, of objects or too long."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error})") from None
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError(f"the file is longer than {array.dtype} {array.shape}")
+        return array
+    except Exception as error:  # numpy raises whatever the damage causes
+        raise UserError(f"{path}: not a readable .npy array ({first_line(error)})") from None
 
 
 class Data:
-    """uint8 pixels (N, C, H, W), or float16 posterior mean and std of image and mirror (N, 2, 2C, H, W), by entry."""
+    """uint8 pixels (N, 3, H, H), or float16 posterior mean and std of image and mirror (N, 2, 8, H, H), by entry."""
 
     def __init__(self, name, latents, labels, classes, vae="none", meta=""):
         self.name, self.latents, self.labels, self.classes, self.vae = name, latents, labels, classes, vae
@@ -305,21 +309,21 @@ class Data:
         folder = Path(folder)
         if not (folder / "latents.npy").exists():
             raise UserError(f"--data {folder}: no latents.npy there; make it with --images FOLDER --data {folder}")
-        latents, labels = open_data(folder / "latents.npy"), np.array(open_data(folder / "labels.npy"))
+        latents, labels = open_data(folder / "latents.npy"), open_data(folder / "labels.npy")
         meta = read_json(folder / "meta.json")
-        if not isinstance(meta.get("classes"), list) or not isinstance(meta.get("vae"), str):
+        if not meta.get("classes") or not isinstance(meta["classes"], list) or not isinstance(meta.get("vae"), str):
             raise UserError(f"{folder / 'meta.json'}: expected a list of classes and the name of a vae")
         classes = list(map(str, meta["classes"]))
         shape = latents.shape
-        pixels = latents.dtype == np.uint8 and len(shape) == 4
-        moments = latents.dtype == np.float16 and len(shape) == 5 and shape[1] == 2 and shape[2] % 2 == 0
-        if not (pixels or moments) or shape[-1] != shape[-2]:
-            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where uint8 (N, C, H, H) or "
-                            f"float16 (N, 2, 2C, H, H) is expected")
+        dtype, *sizes = (np.uint8, 3) if meta["vae"] == "none" else (np.float16, 2, 8)
+        if latents.dtype != dtype or 0 in shape or shape[1:] != (*sizes, *2 * shape[-1:]):
+            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where {dtype.__name__} "
+                            f"(N, {', '.join(map(str, sizes))}, H, H) is expected: its meta.json has vae {meta['vae']}")
         if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1]:
             raise UserError(f"{folder / 'labels.npy'}: is {labels.dtype} {labels.shape}, where {latents.shape[:1]} "
                             f"integers are expected")
-        if not len(labels) or labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
+        labels = np.array(labels)
+        if labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
             raise UserError(f"{folder / 'labels.npy'}: expected labels from 0 to {len(classes) - 1} (-1: left out)")
         return cls(str(folder), latents, labels.astype(np.int64), classes, meta["vae"], json.dumps(meta))
 
@@ -421,7 +425,8 @@ def initialize(net, path):
     table = "y_embedder.embedding_table.weight"
     fresh = {name: value for name, value in net.state_dict().items()
              if name.startswith("r_embedder.") and name not in state
-             or name == table and name in state and state[name].shape != value.shape}
+             or name == table and name in state and state[name].shape != value.shape
+             and state[name].shape[1:] == value.shape[1:]}
     load_weights(net, {**state, **fresh}, path)
     return f", from {path}" + (f" without {', '.join(fresh)}" if fresh else "")
 
@@ -597,8 +602,21 @@ class Trainer:
         load_weights(self.net, checkpoint["model"], path)
         load_weights(self.ema, checkpoint["ema"], path)
         if self.projector:
-            load_weights(self.projector, checkpoint["projector"], path)
-        self.optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))  # else it keeps the file mapped, and on disk
+            load_weights(self.projector, checkpoint.get("projector"), path)
+        own = self.optimizer.state_dict()["param_groups"]
+        try:
+            saved = dict(checkpoint["opt"])
+            fits = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in own]
+            for i, p in enumerate(self.weights):
+                check_state(saved["state"][i], path)
+                shapes = [saved["state"][i][name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+                fits = fits and shapes == [(), p.shape, p.shape]
+        except (KeyError, IndexError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise UserError(f"{path}: its optimiser's state does not fit the model")
+        # a copy, else it keeps the file mapped, and on disk; the rates are those of the flags
+        self.optimizer.load_state_dict(dict(state=copy.deepcopy(saved["state"]), param_groups=own))
 
     def check(self):
         """UserError, on all ranks alike, if anything was not finite up to here. Waits for the device."""
@@ -676,6 +694,8 @@ def read_checkpoint(path):
     checkpoint = load_file(path)
     if not {"model", "ema", "opt", "step"} <= checkpoint.keys() or not isinstance(checkpoint.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
+    if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
+        raise UserError(f"{path}: its step is not a natural number")
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
@@ -728,8 +748,8 @@ def prepare_out(out, first, source, size):
         if source.resolve() != latest.resolve() and latest.exists():
             os.replace(latest, spare)  # lest the next checkpoint puts it in the place of the good one
         if log.exists():
-            entries = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-            entries = [entry for entry in entries if entry["step"] <= first]
+            lines = [line for line in log.read_text().splitlines() if line.startswith('{"step": ') and line[-1] == "}"]
+            entries = [entry for entry in map(json.loads, lines) if entry["step"] <= first]
             with atomic(log) as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
     elif log.exists() or latest.exists() or previous.exists():
@@ -844,20 +864,13 @@ def train(args, data, held_out, rank, world, device):
                 rate = (done - logged) * args.batch / (now - shown)
                 left = (steps - done) * (now - started) / (done - first)
                 sums, logged, shown = 0.0, done, now
-                text = f"step {done:,}/{steps:,}  loss {means['loss']:.4f}"
-                if held_out:
-                    text += f"  val {means['val']:.4f}"
                 if not run.blocks:
                     del means["distance"]
-                elif args.contrastive:
-                    text += f"  contrastive {means['disp']:.3f} (distance {means['distance']:.3g})"
-                else:
+                elif not args.contrastive:
                     means["floor"] = floor
-                    text += f"  disp {means['disp']:.3f} (floor {floor:.3f}, distance {means['distance']:.3g})"
-                if args.repa:
-                    text += f"  repa {means['repa']:.3f}"
                 record(step=done, **means, images_per_second=rate, seconds=now - started)
-                say(f"{text}  {rate:,.1f} images/s  {clock(left)} left")
+                text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+                say(f"step {done:,}/{steps:,}  {text}  {rate:,.1f} images/s  {clock(left)} left")
             paused = time.time()
             if is_snapshot and rank == 0:
                 (out / "snapshots").mkdir(exist_ok=True)
