@@ -3444,7 +3444,7 @@ BAD_FLAGS = {
                "--cfg-channels 0", "--cfg-interval 1", "--classes ,", "--classes 0,1,", "--classes -1", "--classes 1.0",
                "--method ddpm", "--seed -1", "--dtype fp16", "--out ckpt.pt", "--nope"],
     "compare": ["--batch 1.5", "--device tpu", "--weights images", "--save nowhere/x.npz", "--nope"]}
-CASES = [pytest.param(command, file, change, words[0] if words else re.escape(file), id=f"{command}-{file}-{name}")
+MALFORMED = [pytest.param(command, file, change, words[0] if words else re.escape(file), id=f"{command}-{file}-{name}")
          for commands, file, changes, *words in MALFORMED_INPUTS for command in commands.split(", ")
          for name, change in changes.items()] + [
     pytest.param(command, None, flags, "|".join(map(re.escape, flags.split())), id=f"{command}-{flags}")
@@ -3482,7 +3482,7 @@ def check_refused(script, words, code, out, err, folder, before):
     assert not made, made
 
 
-@pytest.mark.parametrize("command, file, change, words", CASES)
+@pytest.mark.parametrize("command, file, change, words", MALFORMED)
 def test_malformed_input(command, file, change, words, valid, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, flags = COMMANDS[command]
@@ -3497,8 +3497,8 @@ def test_malformed_input(command, file, change, words, valid, tmp_path, monkeypa
 
 
 def test_malformed_inputs_of_real_commands(valid, tmp_path):
-    cases = {case.id: case.values for case in CASES}
-    assert len(cases) == len(CASES) >= 200
+    cases = {case.id: case.values for case in MALFORMED}
+    assert len(cases) == len(MALFORMED) >= 200
 
     def refused(name):
         command, file, change, words = cases[name]
