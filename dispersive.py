@@ -127,10 +127,17 @@ def _groups(z, group):
     return z.reshape(len(z) // n, n, -1).to(torch.promote_types(z.dtype, torch.float32))
 
 
+class _Gram(torch.autograd.Function):
+    """z @ z.mT with one product instead of two in the backward pass, which is most of what the losses cost."""
+    forward = staticmethod(lambda z: z @ z.mT)
+    setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    backward = staticmethod(lambda ctx, gradient: (gradient + gradient.mT) @ ctx.saved_tensors[0])
+
+
 def _gram(z):
     """Inner products of all pairs of rows, (G, n, n), outside autocast, which would round them to 16 bits."""
     with torch.autocast(z.device.type, enabled=False):
-        return z @ z.mT
+        return _Gram.apply(z)
 
 
 def _distances(z, kind):
@@ -174,10 +181,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def layer_norm(dim):
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-
-
 def adaln(dim, outputs):
     """The conditioning's shifts, scales and gates: (B, dim) -> (B, outputs*dim)."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, outputs * dim))
@@ -193,7 +196,9 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        plain = x.device.type == "cpu" and q.dtype == torch.bfloat16  # there the fused kernel is slower
+        x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v if plain else F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Mlp(nn.Module):
@@ -211,9 +216,9 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
-        self.norm1 = layer_norm(dim)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = layer_norm(dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = adaln(dim, 6)
 
@@ -226,7 +231,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
-        self.norm_final = layer_norm(dim)
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = adaln(dim, 2)
 
@@ -261,8 +266,7 @@ class DiT(nn.Module):
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
-                 second_time=False):
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, second_time=False):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"patch_size {patch_size} must divide input_size {input_size}, and num_heads {num_heads} "
@@ -293,8 +297,7 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1],
-                                                                             self.final_layer.linear]:
+        for layer in (*(b.adaLN_modulation[1] for b in [*self.blocks, self.final_layer]), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
         if self.r_embedder is not None:
             nn.init.normal_(self.r_embedder.mlp[0].weight, std=0.02)
@@ -374,17 +377,23 @@ def check_method(method, methods):
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(methods)}")
 
 
-def guided(model, x, t, y, cfg, channels):
-    """The model's output at one time t, its first `channels` channels under classifier-free guidance of scale cfg.
-
-    uncond + cfg * (cond - uncond), both halves in one batch; the other channels are the conditional ones.
+def guidance(model, like, y, cfg, interval, channels):
+    """-> output(x, t, position), the model's at its time t; where SiT's time `position` lies in the interval, the first
+    `channels` channels are guided: uncond + cfg * (cond - uncond), both halves in one batch. Buffers serve all calls.
     """
-    t = torch.full((len(x),), t, device=x.device, dtype=x.dtype)
-    if cfg == 1:
-        return model(x, t, y).to(x.dtype)
-    no_label = torch.full_like(y, model.num_classes)
-    cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label])).to(x.dtype).chunk(2)
-    return torch.cat([uncond[:, :channels].lerp(cond[:, :channels], cfg), cond[:, channels:]], 1)
+    n, times = len(like), like.new_empty(2 * len(like))
+    if cfg != 1:
+        twice, labels = torch.cat([like, like]), torch.cat([y, torch.full_like(y, model.num_classes)])
+
+    def output(x, t, position):
+        times.fill_(t)
+        if cfg == 1 or not interval[0] <= position <= interval[1]:
+            return model(x, times[:n], y).to(x.dtype)
+        twice.view(2, *x.shape).copy_(x)
+        cond, uncond = model(twice, times, labels).to(x.dtype).chunk(2)
+        torch.lerp(uncond[:, :channels], cond[:, :channels], cfg, out=cond[:, :channels])
+        return cond
+    return output
 
 
 class FlowMatching:
@@ -418,22 +427,14 @@ class FlowMatching:
             (default: all; the published DiT and SiT code guides 3 of 4).
         """
         check_method(method, self.methods)
-        channels = noise.shape[1]
-
-        def velocity(x, t):
-            scale = cfg if cfg_interval[0] <= t <= cfg_interval[1] else 1.0
-            return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
-
-        if method == "sde":
-            times = [0.96 * k / max(1, steps - 1) for k in range(steps)] + [1.0]
-        else:
-            times = [k / steps for k in range(steps + 1)]
-        x = noise
+        x, channels = noise, noise.shape[1]
+        output = guidance(model, noise, y, cfg, cfg_interval, cfg_channels or channels)
+        times = [0.96 * k / max(1, steps - 1) if method == "sde" else k / steps for k in range(steps)] + [1.0]
         for k, (t, t_next) in enumerate(zip(times, times[1:])):
             dt = t_next - t
-            v = velocity(x, t)
+            v = output(x, t, t)[:, :channels]
             if method == "heun":
-                v = (v + velocity(x + dt * v, t_next)) / 2
+                v = (v + output(x + dt * v, t_next, t_next)[:, :channels]) / 2
             elif method == "sde":
                 v = (1 + t) * v - x  # velocity + diffusion * score, where score = (t*v - x) / (1-t)
             x = x + dt * v
@@ -463,6 +464,7 @@ class GaussianDiffusion:
 
     def __init__(self):
         self.abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu"), 0)
+        self.tables = {}
 
     def times(self, n, generator):
         """n training steps, uniform in 0..999, on the generator's device."""
@@ -490,17 +492,19 @@ class GaussianDiffusion:
     def constants(self, index, x, steps=range(1000)):
         """sqrt(abar), sqrt(1-abar), 1/sqrt(alpha), beta/sqrt(1-abar), log variance of q(x_prev | x_t, x), log beta:
 
-        at steps[index], index (B,), in the chain of `steps` alone, and shaped to be broadcast against x.
+        at steps[index], index (B,) or a slice, in the chain of `steps` alone, and shaped to be broadcast against x.
         """
-        abar = self.abar[list(steps)]  # float64 until all differences are taken
-        abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        alpha = abar / abar_prev
-        beta = 1 - alpha
-        variance = beta * (1 - abar_prev) / (1 - abar)
-        variance[0] = variance[1]  # rather than 0, whose log is infinite: as published
-        table = torch.stack([abar.sqrt(), (1 - abar).sqrt(), alpha.rsqrt(), beta / (1 - abar).sqrt(), variance.log(),
-                             beta.log()], -1)
-        return [expand(c, x) for c in table.to(x.dtype).to(x.device, non_blocking=True)[index].unbind(-1)]
+        key = (tuple(steps), x.dtype, x.device)
+        if key not in self.tables:  # made and sent to the device once
+            abar = self.abar[list(steps)]  # float64 until all differences are taken
+            abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
+            alpha = abar / abar_prev
+            beta = 1 - alpha
+            variance = beta * (1 - abar_prev) / (1 - abar)
+            variance[0] = variance[1]  # rather than 0, whose log is infinite: as published
+            self.tables[key] = torch.stack([abar.sqrt(), (1 - abar).sqrt(), alpha.rsqrt(), beta / (1 - abar).sqrt(),
+                                            variance.log(), beta.log()], -1).to(x.device, x.dtype)
+        return [expand(c, x) for c in self.tables[key][index].unbind(-1)]
 
     def posterior(self, eps, v, x_t, index, steps=range(1000)):
         """The model's two outputs at steps[index] -> mean and log-variance of x one step of the chain before.
@@ -540,22 +544,20 @@ class GaussianDiffusion:
             bounds t = 1 / (1 + sigma), the time at which SiT's path has the same signal-to-noise ratio.
         """
         check_method(method, self.methods)
-        channels, numbers = noise.shape[1], self.spaced(steps, method)
+        x, channels, numbers = noise, noise.shape[1], self.spaced(steps, method)
         sigma = (1 / self.abar[numbers] - 1).sqrt().tolist()
 
-        def output(x, k):
-            scale = cfg if cfg_interval[0] <= 1 / (1 + sigma[k]) <= cfg_interval[1] else 1.0
-            return guided(model, x, numbers[k], y, scale, cfg_channels or channels).split(channels, 1)
+        guided = guidance(model, noise, y, cfg, cfg_interval, cfg_channels or channels)
+        output = lambda x, k: guided(x, numbers[k], 1 / (1 + sigma[k])).split(channels, 1)
 
         def euler(x, k, eps):
             end = sigma[k - 1] if k > 0 else 0.0
             return (x * math.hypot(1, sigma[k]) + (end - sigma[k]) * eps) / math.hypot(1, end)  # hypot: 1 / sqrt(abar)
 
-        x = noise
         for k in reversed(range(steps)):
             eps, v = output(x, k)
             if method == "ddpm":
-                x, log_variance = self.posterior(eps, v, x, [k], numbers)
+                x, log_variance = self.posterior(eps, v, x, slice(k, k + 1), numbers)
                 if k > 0:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
@@ -619,8 +621,7 @@ class MeanFlow:
             x2, t2 = torch.cat([x_t, x_t]), torch.cat([t, t])
             cond, uncond = net.forward(x2, t2, torch.cat([y, no_label]), t2)[:, :channels].chunk(2)
             guides = (self.interval[0] <= t) & (t <= self.interval[1]) & (y != no_label)
-            v = torch.where(expand(guides, v),
-                            self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond, v)
+            v = torch.where(expand(guides, v), self.omega * (v - uncond) + self.kappa * (cond - uncond) + uncond, v)
         # the rows with r != t, as many as there may be: counting them would wait for the device
         rows = (r != t).float().topk(-(-len(t) // self.every)).indices
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):

@@ -524,8 +524,8 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
     def noise(step=None):
-        draws = [generator.standard_normal(shape, np.float32) for generator in generators]
-        return torch.from_numpy(np.stack(draws)).to(device)
+        draws = torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
+        return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
 
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
@@ -618,6 +618,7 @@ def parse(argv):
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     p.add_argument("--vae", help="ema or mse (stabilityai's sd-vae-ft-*; the hash of mse alone is known and checked), "
                    "or a file; default: what the training data was made with, else ema")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
@@ -630,6 +631,11 @@ def main(argv=None):
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
     net, objective, dtype = net.to(device), OBJECTIVES[config["objective"]](), args.dtype or default_dtype(device)
+    if dtype == "bf16":
+        net.blocks.bfloat16()  # once, instead of by autocast in every call
+    if device.type == "cuda" if args.compile is None else args.compile:
+        for block in net.blocks:
+            block.compile()
     shape = (config["in_channels"], config["input_size"], config["input_size"])
     vae = args.vae or config["vae"] or "ema"
     decode = VAE(vae).to(device).decode if shape[0] == 4 else None

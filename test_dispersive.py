@@ -3512,3 +3512,181 @@ def test_malformed_inputs_of_real_commands(valid, tmp_path):
 
     with ThreadPoolExecutor(sample.cpu_cores()) as pool:
         list(pool.map(refused, REAL))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed: what is computed how often. How fast it is depends on the machine: train.py --bench
+
+
+def random_latents(n=64, size=8):
+    latents = np.random.default_rng(0).random((n, 2, 8, size, size), np.float32).astype(np.float16)
+    return train.Data("random latents", latents, np.arange(n) % 10, list(map(str, range(10))), "ema")
+
+
+def small_trainer(*flags):
+    args = train.parse(["--bench", "1", "--model", "SiT-XS/4", "--batch", "8", "--disp-group", "4", *flags])
+    data = random_latents()
+    trainer = train.Trainer(args, data, 0, 1, torch.device("cpu"))
+    return trainer, list(train.batches(data, 0, 3, 8, trainer.mine, 0, trainer.device))
+
+
+def count_compilations(monkeypatch):
+    """Compile without generating code; the length of the list returned is the number of compilations."""
+    from torch._dynamo.backends.debugging import aot_eager
+    torch._dynamo.reset()
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+    return compiled
+
+
+def test_the_bench_prints_every_row_and_writes_nothing(tmp_path, capsys):
+    train.main(["--bench", "1", "--model", "SiT-XS/8", "--batch", "4", "--disp-group", "2", "--dtype", "fp32",
+                "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    table = {row[1].strip(): [cell.strip() for cell in row[2:-1]]
+             for row in (line.split("|") for line in printed.splitlines() if line.startswith("|"))}
+    assert [*table] == ["dispersion", "---", "images/s", "FLOP/s, of a matmul's", "dispersion's share", "step, ms",
+                        "- data", "- draws", "- forward", "- dispersion", "- backward", "- optimiser", "- EMA"]
+    assert table["dispersion"] == ["none", "infonce, block 2", "infonce, all"]
+    numbers = {label: [float(cell.strip("%").replace(",", "")) for cell in cells] for label, cells in table.items()
+               if label not in ("dispersion", "---")}
+    phases = np.sum([cells for label, cells in numbers.items() if label.startswith("- ")], 0)
+    assert np.allclose(phases, numbers["step, ms"], atol=0.1)
+    assert np.allclose(numbers["images/s"], 4000 / phases, rtol=0.02) and numbers["dispersion's share"][0] == 0
+    assert re.search(r"GFLOP an image; matmul .* TFLOP/s; .* peak memory \d", printed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradients_of_the_gram_matrix_are_differentiable_too():
+    z = rn(1, 4, 6).double().requires_grad_()
+    for kind in KINDS:
+        assert torch.autograd.gradgradcheck(lambda z: dispersive_loss(z, kind, 0.7, 1.3), z)
+        assert torch.autograd.gradgradcheck(lambda z: contrastive_loss(z[:2], z[2:], kind, 0.7, 1.3), z)
+
+
+def test_attention_in_bf16_on_a_cpu_is_attention():
+    q, k, v = rn(1, 3, 2, 4, 9, 16).bfloat16()
+    attention = build_model("SiT-XS/8").blocks[0].attn.bfloat16()
+    x = rn(2, 2, 9, 256).bfloat16()
+    close(attention(x).float().detach(), attention.float()(x.float()).detach(), 0.02)
+
+
+def test_guidance_is_one_call_of_twice_the_batch_in_buffers_made_once():
+    class Recorder(Gaussian):
+        def forward(self, x, t, y):
+            calls.append((len(x), float(t[0]), t.data_ptr()))
+            assert len(x) == len(y) == len(t) and (t == t[0]).all()
+            assert len(x) == 2 or (x[:2] == x[2:]).all() and y.tolist() == [0, 1, 2, 2]
+            return super().forward(x, t, y)
+
+        def mean(self, y):
+            return torch.tensor([-1.0, 2.0, 0.5, 0.0])[y].view(-1, 1, 1, 1)
+
+    calls, noise = [], rn(1, 2, 1, 2, 2)
+    kept = noise.clone()
+    FlowMatching().sample(Recorder(), noise, torch.tensor([0, 1]), 4, "heun", cfg=2.0, cfg_interval=(0.5, 0.8))
+    assert [call[:2] for call in calls] == [(2, 0), (2, 0.25), (2, 0.25), (4, 0.5), (4, 0.5), (4, 0.75), (4, 0.75),
+                                            (2, 1)]
+    assert len({call[2] for call in calls}) == 1 and torch.equal(noise, kept)
+
+
+def test_weights_rounded_once_sample_what_autocast_samples():
+    net = fill(build_model("SiT-XS/8", input_size=16, num_classes=10)).eval().requires_grad_(False)
+    options = dict(shape=(4, 16, 16), labels=torch.arange(3), indices=range(3), seed=0, device=torch.device("cpu"),
+                   dtype="bf16", decode=lambda z: z[:, :3] / 4, steps=3, cfg=2.0)
+    expected = sample.generate(net, FlowMatching(), **options)
+    net.blocks.bfloat16()
+    assert torch.equal(sample.generate(net, FlowMatching(), **options), expected) and expected.float().std() > 10
+
+
+def test_sampling_compiled_is_sampling(trained, tmp_path, monkeypatch):
+    compiled = count_compilations(monkeypatch)
+    for name, flag in (("a", "--no-compile"), ("b", "--compile")):
+        sample.main(["--ckpt", str(trained / "ckpt.pt"), "--n", "3", "--batch", "2", "--steps", "2", "--cfg", "2",
+                     "--cfg-interval", "0.3", "1", "--dtype", "fp32", "--out", str(tmp_path / f"{name}.npz"), flag])
+        assert bool(compiled) == (name == "b")
+    a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in "ab")
+    assert abs(a - b).max() <= 1 and len(compiled) <= 3  # one batch, twice it, any other
+
+
+@pytest.mark.parametrize("flags", [("--disp-blocks", "all", "--micro", "4"), ("--objective", "meanflow")])
+def test_one_compilation_serves_all_blocks(flags, monkeypatch):
+    compiled = count_compilations(monkeypatch)
+    values = []
+    for flag in ("--no-compile", "--compile"):
+        trainer, steps = small_trainer(*flags, "--dtype", "fp32", flag)
+        values.append(torch.stack([trainer.step(*step) for step in steps[:2]]))
+    assert len(trainer.net.blocks) == 8 and len(compiled) == 1
+    close(values[1], values[0], 1e-5)
+    for _ in range(2):
+        trainer.validate(*steps[0][1:3])
+    assert len(compiled) == 2  # without gradients
+    trainer.objective.sample(trainer.ema, rn(1, 2, 4, 8, 8), torch.arange(2), steps=1)
+    assert len(compiled) == 2
+
+
+class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a value, and shapes that depend on values."""
+    waits = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        assert function.overloadpacket not in self.waits and not masks, f"{function} waits for the device"
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("flags", [
+    ("--disp-blocks", "all", "--micro", "4", "--grad-clip", "1"), ("--objective", "diffusion", "--disp", "hinge"),
+    ("--contrastive", "independent", "--disp", "covariance"), ("--contrastive", "dependent", "--disp", "cosine"),
+    ("--objective", "meanflow", "--meanflow-omega", "1.5", "--meanflow-kappa", "0.3")])
+def test_a_training_step_never_waits_for_the_device(flags, monkeypatch):
+    def wait(tensor, *args):
+        raise AssertionError("waits for the device")
+    trainer, steps = small_trainer(*flags)
+    trainer.step(*steps[0])
+    for name in ("cpu", "numpy", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    with NoWaiting():
+        values = trainer.step(*steps[1], with_distance=True)
+        for reading in (trainer.check, values[0].item, lambda: values[values > 0]):
+            with pytest.raises(AssertionError, match="waits"):
+                reading()
+
+
+def test_full_size_latents_open_at_once_and_are_read_from_the_page_cache(tmp_path):
+    """ImageNet's shape, 42 GB, in a sparse file."""
+    n = 1281167
+    np.lib.format.open_memmap(tmp_path / "latents.npy", "w+", np.float16, (n, 2, 8, 32, 32))
+    np.save(tmp_path / "labels.npy", np.arange(n) % 1000)
+    (tmp_path / "meta.json").write_text(json.dumps(dict(classes=list(map(str, range(1000))), vae="ema")))
+    begin = time.process_time()
+    data = train.Data.open(tmp_path)
+    assert time.process_time() - begin < 1
+
+    def anonymous():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is measured on Linux only")
+    for step, images, labels in train.batches(data, 0, 24, 64, slice(0, 64), 0, torch.device("cpu")):
+        assert images.shape == (64, 8, 32, 32)
+        if step == 4:  # the epoch's permutation has been drawn
+            before = anonymous()
+    assert anonymous() - before < 8  # MB; these batches are 20
+
+
+def test_help_and_bad_flags_take_little_more_than_importing_torch():
+    def seconds(*command):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], capture_output=True, cwd=HERE)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    torch_alone = seconds("-c", "import torch")
+    for command in (("train.py", "--help"), ("sample.py",), ("fid.py", "--help")):
+        assert seconds(*command) < torch_alone + 1

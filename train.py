@@ -12,6 +12,7 @@ import argparse
 import colorsys
 import contextlib
 import copy
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -431,11 +432,20 @@ def initialize(net, path):
     return f", from {path}" + (f" without {', '.join(fresh)}" if fresh else "")
 
 
+def keep_freed_memory():
+    """Keep glibc from handing the activations' memory back to the system after every step, to be cleared anew."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no block apart
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 class Trainer:
     """What a run carries from step to step (model, EMA, optimiser, REPA's projector), and the step."""
 
     def __init__(self, args, data, rank, world, device):
         torch.manual_seed(args.seed)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.args, self.data, self.world, self.device = args, data, world, device
         if data.shape[-1] % MODELS[args.model]["patch_size"]:
             raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
