@@ -33,6 +33,7 @@ from PIL import Image
 
 from dispersive import MODELS, FlowMatching, GaussianDiffusion, MeanFlow, build_model
 
+PATIENCE = datetime.timedelta(hours=12)  # of ranks for each other, as when one saves; torchrun sees to dead ranks
 OBJECTIVES = {"flow": FlowMatching, "diffusion": GaussianDiffusion, "meanflow": MeanFlow}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,9 +106,8 @@ def start(device=None):
         # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
         # (PyTorch issue 135712). Nodes count attempts each for itself: for several, see --max-restarts in the README
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
-        timeout = datetime.timedelta(hours=12)  # without a collective, as when caching; torchrun sees to dead ranks
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=timeout,
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=PATIENCE,
                                 rank=rank, world_size=world, store=dist.PrefixStore(attempt or "0", store))
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -116,6 +116,19 @@ def default_dtype(device):
     """bf16 where the hardware multiplies it, else fp32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def compile_blocks(net, wanted, device):
+    """torch.compile every block by itself, by default on GPUs -> whether it was done.
+
+    One compilation serves all blocks, and DistributedDataParallel exchanges gradients while backward goes on.
+    """
+    compiled = device.type == "cuda" if wanted is None else wanted
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each block where a bucket of gradients ends
+        for block in net.blocks:
+            block.compile(dynamic=False)
+    return compiled
 
 
 def number(kind, low, high=math.inf):
@@ -633,9 +646,7 @@ def main(argv=None):
     net, objective, dtype = net.to(device), OBJECTIVES[config["objective"]](), args.dtype or default_dtype(device)
     if dtype == "bf16":
         net.blocks.bfloat16()  # once, instead of by autocast in every call
-    if device.type == "cuda" if args.compile is None else args.compile:
-        for block in net.blocks:
-            block.compile()
+    compile_blocks(net, args.compile, device)
     shape = (config["in_channels"], config["input_size"], config["input_size"])
     vae = args.vae or config["vae"] or "ema"
     decode = VAE(vae).to(device).decode if shape[0] == 4 else None

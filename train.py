@@ -38,9 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
                         mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, VAE, Parser, Progress, UserError, atomic, barrier, check_state, clock, command,
-                    cpu_cores, default_dtype, default_objective, first_line, generate, list_images, load_file,
-                    load_weights, lock, number, read_image, read_json, refuse_other, save_grid, start, weights_in)
+from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UserError, atomic, barrier, check_state, clock,
+                    command, compile_blocks, cpu_cores, default_dtype, default_objective, first_line, generate,
+                    list_images, load_file, load_weights, lock, number, read_image, read_json, refuse_other,
+                    save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 LABEL_DROPOUT = 0.1
@@ -450,10 +451,11 @@ class Trainer:
         if data.shape[-1] % MODELS[args.model]["patch_size"]:
             raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
         sizes = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
-        self.kind = args.objective or default_objective(args.model)
+        self.objective_name = args.objective or default_objective(args.model)
         guidance = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=tuple(args.meanflow_interval))
-        self.objective = MeanFlow(**guidance) if self.kind == "meanflow" else OBJECTIVES[self.kind]()
-        self.net = build_model(args.model, **sizes, second_time=self.kind == "meanflow")
+        mean = self.objective_name == "meanflow"
+        self.objective = MeanFlow(**guidance) if mean else OBJECTIVES[self.objective_name]()
+        self.net = build_model(args.model, **sizes, second_time=mean)
         self.origin = initialize(self.net, args.init) if args.init else ""
         self.net.to(device)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
@@ -469,14 +471,11 @@ class Trainer:
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1]).to(device)
         modules = [self.net, self.projector] if self.projector else [self.net]
         self.weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-        betas = (0.9, 0.95) if self.kind == "meanflow" else (0.9, 0.999)
+        betas = (0.9, 0.95) if mean else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(self.weights, args.lr, betas, weight_decay=0.0, fused=True)
         self.dtype = args.dtype or default_dtype(device)
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.dtype == "bf16")
-        self.compiled = device.type == "cuda" if args.compile is None else args.compile
-        if self.compiled:  # block by block: one compilation serves all, and gradients are exchanged during backward
-            for block in self.net.blocks:
-                block.compile()
+        self.compiled = compile_blocks(self.net, args.compile, device)
         parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
         self.model = parallel(self.net) if world > 1 else self.net
         self.project = parallel(self.projector) if world > 1 and self.projector else self.projector
@@ -484,9 +483,8 @@ class Trainer:
         self.mark = lambda phase: None  # --bench puts a stopwatch here
         self.config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
         self.config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-        if args.repa:
-            self.config["repa"] = f"features {data.features.shape} ({zlib.crc32(data.features[0].tobytes()):08x})"
-        self.config |= dict(sizes, dtype=self.dtype, disp_blocks=self.blocks, objective=self.kind,
+        self.config["repa"] = args.repa and f"features {data.features.shape} ({zlib.crc32(data.features[0]):08x})"
+        self.config |= dict(sizes, dtype=self.dtype, disp_blocks=self.blocks, objective=self.objective_name,
                             classes=data.classes, vae=data.vae)
 
     def choose_blocks(self, blocks):
@@ -500,42 +498,43 @@ class Trainer:
         self.factors = torch.tensor([*self.terms.values()], device=self.device)
         self.first_bad = torch.full((len(self.terms) + 1,), NEVER, device=self.device)
 
-    def draw(self, kind, step, purpose, *shape):
-        """This rank's slice of what is drawn for the whole global batch."""
+    def draw(self, sampler, step, purpose, *shape):
+        """This rank's slice of what torch.rand or torch.randn draws for the whole global batch, (share, *shape)."""
         generator = stream(self.args.seed, step, purpose, self.device)
-        return kind(self.args.batch, *shape, generator=generator, device=self.device)[self.mine]
+        return sampler(self.args.batch, *shape, generator=generator, device=self.device)[self.mine]
 
     def view(self, step, suffix):
-        """Times and noise of a view of the images; r is MeanFlow's alone."""
+        """Times t, r (share,) and noise (share, C, H, W) of a view of the images; r is MeanFlow's alone."""
         times = self.objective.times(self.args.batch, stream(self.args.seed, step, "time" + suffix, self.device))
         t, r = times if isinstance(times, tuple) else (times, times)
         return dict(t=t[self.mine], r=r[self.mine],
                     noise=self.draw(torch.randn, step, "noise" + suffix, *self.data.shape))
 
     def inputs(self, step, images, labels, suffix="", dropout=LABEL_DROPOUT):
-        """What the objective's loss takes, for this rank's share of the batch."""
+        """What the objective's loss takes, for the images and labels of this rank's share of the batch."""
         posterior = None if self.data.pixels else self.draw(torch.randn, step, "posterior" + suffix, *self.data.shape)
         dropped = self.draw(torch.rand, step, "label" + suffix) < dropout
         return dict(x=self.data.prepare(images, posterior), y=torch.where(dropped, self.net.num_classes, labels),
                     **self.view(step, suffix))
 
     def second_view(self, step, first):
-        """The same images once more, for contrastive losses; it carries no regression loss, and MeanFlow's r is t."""
+        """The same images once more, for contrastive losses. Its regression loss is dropped, and MeanFlow's r is t."""
         if self.args.contrastive == "independent":
             view = self.view(step, "2")
         else:
-            last = 999 if self.kind == "diffusion" else 1  # a step number, or SiT's time
+            last = 999 if self.objective_name == "diffusion" else 1  # a step number, or SiT's time
             t = first["t"] + 0.005 * last * (2 * self.draw(torch.rand, step, "time2") - 1)
             t = (t if last == 1 else t.round().long()).clamp(0, last)
             view = dict(t=t, noise=first["noise"])
         return {**first, **view, "r": view["t"]}
 
     def regress(self, model, views, part, blocks=()):
-        """The objective's loss of some samples, the same as it is logged, and the activations of all their views."""
+        """The objective's loss of the samples `part` of the first view, the same as it is logged, and the activations
+        [(views x samples, T, D)] after the blocks, view by view."""
         inputs = {name: torch.cat([view[name][part] for view in views]) for name in views[0]}
         with self.autocast():
             loss, activations = self.objective.loss(model, **inputs, blocks=blocks)
-        shown = self.objective.squared_error if self.kind == "meanflow" else loss.detach()
+        shown = self.objective.squared_error if self.objective_name == "meanflow" else loss.detach()
         first = len(loss) // len(views)
         return loss[:first].mean(), shown[:first].mean(), activations
 
@@ -547,7 +546,8 @@ class Trainer:
         return dispersive_loss(z, a.disp, a.disp_tau, a.disp_margin, self.group)
 
     def step(self, step, images, labels, features=None, with_distance=False):
-        """One update -> the loss terms (as many as self.terms) and the blocks' mean distance, of this rank's share."""
+        """One update, on this rank's images, labels and features (share, T, D) -> its loss terms, as many as
+        self.terms, and its mean distance over the dispersed blocks, in one tensor."""
         views = [self.inputs(step, images, labels)]
         if self.args.contrastive:
             views.append(self.second_view(step, views[0]))
@@ -660,14 +660,14 @@ class Stop:
 
     def __init__(self, world):
         self.received, self.before = 0, {}
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
         self.shared, self.exchange = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self):
         # a thread takes the signals: Python's handlers wait for whatever the main thread does outside of Python
         inbox, self.outbox = socket.socketpair()
         self.outbox.setblocking(False)
-        self.wakeup = signal.set_wakeup_fd(self.outbox.fileno())
+        self.previous_fd = signal.set_wakeup_fd(self.outbox.fileno())
         for which in (signal.SIGTERM, signal.SIGINT):
             self.before[which] = signal.signal(which, lambda *_: None)
         threading.Thread(target=self.receive, args=(inbox,), daemon=True).start()
@@ -676,7 +676,7 @@ class Stop:
     def __exit__(self, *error):
         for which, handler in self.before.items():
             signal.signal(which, handler)
-        signal.set_wakeup_fd(self.wakeup)
+        signal.set_wakeup_fd(self.previous_fd)
         self.outbox.close()
 
     def receive(self, inbox):
@@ -716,11 +716,20 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def job_id():
+    """What tells torchrun's attempts at a job from other jobs."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
+
+
 def resume(run, args, rank):
     """Load what --resume names -> (its step, its path), or (0, None). A damaged latest gives way to the one before."""
     found = [path for path in (Path(args.out, name) for name in CKPT[:2]) if path.exists()]
-    restarted = found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
-    if args.resume != "auto" and not restarted:
+    note, restarts = Path(args.out, ".job"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    # torchrun --max-restarts: a job that has begun here goes on here; rank 0 decides for all
+    again = [restarts > 0 and note.exists() and note.read_text() == job_id()]
+    if run.world > 1:
+        dist.broadcast_object_list(again, device=run.device)
+    if args.resume != "auto" and not (again[0] and found):
         found = [] if args.resume == "none" else [Path(args.resume)]
     for path in found:
         try:
@@ -769,6 +778,7 @@ def prepare_out(out, first, source, size):
             if path.exists():
                 os.replace(path, aside / path.name)
     (out / "samples").mkdir(exist_ok=True)
+    (out / ".job").write_text(job_id())
     kept = sum(path.stat().st_size for path in (latest, previous) if path.exists())
     free = shutil.disk_usage(out).free
     if free < 3 * size - kept:  # the latest, the one before, and the next while it is written
@@ -780,10 +790,10 @@ def prepare_out(out, first, source, size):
 def picture(run, step, args, out, decode):
     """A grid of EMA samples, one class a row, and the spread of 64 samples' activations after every block."""
     data, device = run.data, run.device
-    kinds = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
-    labels = torch.from_numpy(kinds.repeat(8))
+    rows = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
+    labels = torch.from_numpy(rows.repeat(8))
     images = generate(run.ema, run.objective, data.shape, labels, range(len(labels)), args.seed, device, run.dtype,
-                      decode, steps=1 if run.kind == "meanflow" else 25)
+                      decode, steps=1 if run.objective_name == "meanflow" else 25)
     grid = out / "samples" / f"{step:07d}.png"
     save_grid(images.numpy(), grid, columns=8)
 
@@ -801,7 +811,7 @@ def picture(run, step, args, out, decode):
 
 def train(args, data, held_out, rank, world, device):
     run, out = Trainer(args, data, rank, world, device), Path(args.out)
-    decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
+    decode = None if data.pixels else VAE(args.vae or data.vae).to(device if rank == 0 else "cpu").decode
     steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -837,7 +847,7 @@ def train(args, data, held_out, rank, world, device):
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     say(f"model   {args.model}, {sum(p.numel() for p in run.net.parameters()) / 1e6:.1f}M parameters, "
-        f"objective {run.kind}{run.origin}")
+        f"objective {run.objective_name}{run.origin}")
     say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes"
         + ("" if data.mirrors else ", without flips: --repa holds no features of mirror images"))
     say(f"device  {world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}")
@@ -976,13 +986,13 @@ def bench(args, data, rank, world, device):
     else:
         import resource  # not on Windows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{args.model}, {run.kind}, {'x'.join(map(str, data.shape))}, batch {args.batch}, passes of {run.micro}, "
-          f"{world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}, torch {torch.__version__}: medians of "
-          f"{args.bench} steps\n")
+    print(f"{args.model}, {run.objective_name}, {'x'.join(map(str, data.shape))}, batch {args.batch}, passes of "
+          f"{run.micro}, {world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}, torch "
+          f"{torch.__version__}: medians of {args.bench} steps\n")
     for label, cells in {"dispersion": names[:len(variants)], "---": ["---"] * len(variants), **rows}.items():
         print(f"| {label} | {' | '.join(cells)} |")
-    print(f"\n{needed / 1e9:,.1f} GFLOP an image; matmul {rate / 1e12:,.2f} TFLOP/s; ready after {ready:.1f} s with "
-          f"{warm} warm-up steps; peak memory {peak / 1e9:.2f} GB a rank")
+    print(f"\n{needed / 1e9:,.1f} GFLOP an image (one view, forward and backward); matmul {rate / 1e12:,.2f} "
+          f"TFLOP/s; ready after {ready:.1f} s with {warm} warm-up steps; peak memory {peak / 1e9:.2f} GB a rank")
 
 
 @command
