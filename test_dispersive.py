@@ -3448,9 +3448,10 @@ BAD_FLAGS = {
                "--cfg-channels 0", "--cfg-interval 1", "--classes ,", "--classes 0,1,", "--classes -1", "--classes 1.0",
                "--method ddpm", "--seed -1", "--dtype fp16", "--out ckpt.pt", "--nope"],
     "compare": ["--batch 1.5", "--device tpu", "--weights images", "--save nowhere/x.npz", "--nope"]}
-MALFORMED = [pytest.param(command, file, change, words[0] if words else re.escape(file), id=f"{command}-{file}-{name}")
-         for commands, file, changes, *words in MALFORMED_INPUTS for command in commands.split(", ")
-         for name, change in changes.items()] + [
+MALFORMED_CASES = [
+    pytest.param(command, file, change, words[0] if words else re.escape(file), id=f"{command}-{file}-{name}")
+    for commands, file, changes, *words in MALFORMED_INPUTS for command in commands.split(", ")
+    for name, change in changes.items()] + [
     pytest.param(command, None, flags, "|".join(map(re.escape, flags.split())), id=f"{command}-{flags}")
     for command in BAD_FLAGS for flags in BAD_FLAGS[command]]
 REAL = ["train-pixels/latents.npy-cut at 500", "train-pixels/labels.npy-out_of_range", "train---seed 1.5",
@@ -3486,7 +3487,7 @@ def check_refused(script, words, code, out, err, folder, before):
     assert not made, made
 
 
-@pytest.mark.parametrize("command, file, change, words", MALFORMED)
+@pytest.mark.parametrize("command, file, change, words", MALFORMED_CASES)
 def test_malformed_input(command, file, change, words, valid, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script, flags = COMMANDS[command]
@@ -3501,8 +3502,8 @@ def test_malformed_input(command, file, change, words, valid, tmp_path, monkeypa
 
 
 def test_malformed_inputs_of_real_commands(valid, tmp_path):
-    cases = {case.id: case.values for case in MALFORMED}
-    assert len(cases) == len(MALFORMED) >= 200
+    cases = {case.id: case.values for case in MALFORMED_CASES}
+    assert len(cases) == len(MALFORMED_CASES) >= 200
 
     def refused(name):
         command, file, change, words = cases[name]

@@ -670,7 +670,8 @@ class Stop:
         self.previous_fd = signal.set_wakeup_fd(self.outbox.fileno())
         for which in (signal.SIGTERM, signal.SIGINT):
             self.before[which] = signal.signal(which, lambda *_: None)
-        threading.Thread(target=self.receive, args=(inbox,), daemon=True).start()
+        self.thread = threading.Thread(target=self.receive, args=(inbox,), daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, *error):
@@ -678,6 +679,7 @@ class Stop:
             signal.signal(which, handler)
         signal.set_wakeup_fd(self.previous_fd)
         self.outbox.close()
+        self.thread.join()  # a thread that ends with the interpreter may abort the process
 
     def receive(self, inbox):
         with inbox:
