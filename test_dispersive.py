@@ -1998,6 +1998,13 @@ def test_a_second_signal_exits_at_once(base, tmp_path):
     assert alive and stopped and process.exitcode == 143 and not (tmp_path / "run" / "ckpt.pt").exists()
 
 
+def test_the_thread_that_takes_signals_ends_with_the_training():
+    """One left to the interpreter's end aborts the process now and then."""
+    with train.Stop(1) as stop:
+        assert stop.thread.is_alive() and stop.agreed() == 0
+    assert not stop.thread.is_alive()
+
+
 def test_a_signal_to_one_rank_stops_both(base, tmp_path):
     args = [*base, "--out", tmp_path / "run"]
     ranks = launch_ranks(tmp_path / "log", *args, "--steps", 10 ** 6)
