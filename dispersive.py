@@ -112,6 +112,18 @@ def mean_distance(z, group=None):
     return 2 * _groups(z, group).var(-2).mean()
 
 
+@torch.no_grad()
+def effective_rank(z, group=None):
+    """How many directions a batch spreads over: between 1 and group - 1, averaged over groups, a scalar tensor.
+
+    exp of the entropy of the normalised eigenvalues of the group's centred Gram matrix (Roy & Vetterli 2007).
+    """
+    z = _groups(z, group)
+    eigenvalues = torch.linalg.eigvalsh(_gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
+    total = eigenvalues.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+    return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
+
+
 def _check_kind(kind):
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")

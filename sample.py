@@ -655,6 +655,8 @@ def main(argv=None):
                         f"not exceed {shape[0]}")
     classes = parse_classes(args.classes, config)
     labels = np.resize(classes, args.n)
+    if config.get("label_dropout") == 1:  # trained without labels
+        labels = np.full(args.n, config["num_classes"])
     method = args.method or objective.methods[0]
     steps = args.steps or (1 if config["objective"] == "meanflow" else 250)
     if method not in objective.methods:

@@ -37,14 +37,14 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
-                        mean_distance, repa_loss, repa_projector)
+                        effective_rank, mean_distance, repa_loss, repa_projector)
 from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UserError, atomic, barrier, check_state, clock,
                     command, compile_blocks, cpu_cores, default_dtype, default_objective, first_line, generate,
                     list_images, load_file, load_weights, lock, number, read_image, read_json, refuse_other,
                     save_grid, start, weights_in)
 
 DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
-LABEL_DROPOUT = 0.1
+VAL_IMAGES, VAL_CHUNK = 2048, 64  # of the held-out data, and how many go through the network at a time
 CKPT = "ckpt.pt", "ckpt.prev.pt", "ckpt.new.pt"  # the latest, the one before, and the next until it is verified
 NEVER = 2 ** 62  # the first bad step of a run without one
 # what may differ when a run is resumed; data and features are compared by content
@@ -62,7 +62,7 @@ def parse(argv):
     data.add_argument("--vae", help="ema, mse or a file: keep Stable Diffusion's latents (ema); none: keep the pixels")
     data.add_argument("--skip-bad", action="store_true", help="leave out unreadable images instead of stopping")
     data.add_argument("--cache-only", action="store_true", help="stop after caching")
-    data.add_argument("--val", metavar="DIR", help="held-out data: log the regression loss of a batch of it, too")
+    data.add_argument("--val", metavar="DIR", help="held-out data: log the EMA's regression loss on it at checkpoints")
     run = p.add_argument_group("training")
     run.add_argument("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
     run.add_argument("--objective", choices=[*OBJECTIVES], help="default: flow for SiT, diffusion for DiT")
@@ -73,6 +73,8 @@ def parse(argv):
     run.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint, one's own or published")
     run.add_argument("--lr", type=number(float, 0), default=1e-4, help="(1e-4)")
     run.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay, warmed up (0.9999)")
+    run.add_argument("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of the labels replaced by "
+                     "the null label; 1 trains without labels (0.1)")
     run.add_argument("--grad-clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0: any (0)")
     run.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     run.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
@@ -510,10 +512,10 @@ class Trainer:
         return dict(t=t[self.mine], r=r[self.mine],
                     noise=self.draw(torch.randn, step, "noise" + suffix, *self.data.shape))
 
-    def inputs(self, step, images, labels, suffix="", dropout=LABEL_DROPOUT):
+    def inputs(self, step, images, labels, suffix=""):
         """What the objective's loss takes, for the images and labels of this rank's share of the batch."""
         posterior = None if self.data.pixels else self.draw(torch.randn, step, "posterior" + suffix, *self.data.shape)
-        dropped = self.draw(torch.rand, step, "label" + suffix) < dropout
+        dropped = self.draw(torch.rand, step, "label" + suffix) < self.args.label_dropout
         return dict(x=self.data.prepare(images, posterior), y=torch.where(dropped, self.net.num_classes, labels),
                     **self.view(step, suffix))
 
@@ -595,12 +597,29 @@ class Trainer:
         self.mark("EMA")
         return shown
 
+    def labels(self, labels):
+        """The labels that the model knows: the null label for all, where it is trained without labels."""
+        return torch.full_like(labels, self.net.num_classes) if self.args.label_dropout == 1 else labels
+
     @torch.no_grad()
-    def validate(self, images, labels):
-        """The regression loss of this rank's share of a batch, under fixed draws and with the labels, a scalar."""
-        views = [self.inputs(0, images, labels, " val", 0.0)]
-        parts = [slice(begin, begin + self.micro) for begin in range(0, self.share, self.micro)]
-        return torch.stack([self.regress(self.net, views, part)[1] for part in parts]).mean()
+    def validate(self, held_out, rank):
+        """The EMA's regression loss on the first held-out images, under draws that depend on neither seed nor batch."""
+        count = min(VAL_IMAGES, len(held_out))
+        total = torch.zeros((), device=self.device)
+        for first in range(0, count, VAL_CHUNK)[rank::self.world]:
+            entries = np.arange(first, min(first + VAL_CHUNK, count))
+            images, labels = (tensor.to(self.device) for tensor in held_out.read(entries, np.zeros(len(entries), bool)))
+            draw = lambda purpose: torch.randn(len(entries), *held_out.shape, device=self.device,
+                                               generator=stream(0, first, purpose, self.device))
+            times = self.objective.times(len(entries), stream(0, first, "val time", self.device))
+            t, r = times if isinstance(times, tuple) else (times, times)
+            with self.autocast():
+                x = held_out.prepare(images, None if held_out.pixels else draw("val posterior"))
+                loss, _ = self.objective.loss(self.ema, x, self.labels(labels), t, draw("val noise"), r)
+            total += (self.objective.squared_error if self.objective_name == "meanflow" else loss).sum()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.item() / count
 
     def state(self, step):
         modules = dict(model=self.net, ema=self.ema, opt=self.optimizer)
@@ -790,10 +809,10 @@ def prepare_out(out, first, source, size):
 
 
 def picture(run, step, args, out, decode):
-    """A grid of EMA samples, one class a row, and the spread of 64 samples' activations after every block."""
+    """A grid of EMA samples, one class a row, and what 64 samples' activations are like after every block."""
     data, device = run.data, run.device
     rows = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
-    labels = torch.from_numpy(rows.repeat(8))
+    labels = run.labels(torch.from_numpy(rows.repeat(8)))
     images = generate(run.ema, run.objective, data.shape, labels, range(len(labels)), args.seed, device, run.dtype,
                       decode, steps=1 if run.objective_name == "meanflow" else 25)
     grid = out / "samples" / f"{step:07d}.png"
@@ -805,10 +824,12 @@ def picture(run, step, args, out, decode):
     times = run.objective.times(count, generator)
     noise = torch.randn(count, *data.shape, generator=generator, device=device)
     with torch.no_grad(), run.autocast():
-        _, activations = run.objective.loss(run.ema, data.prepare(images, 0.0), labels,
+        _, activations = run.objective.loss(run.ema, data.prepare(images, 0.0), run.labels(labels),
                                             times[0] if isinstance(times, tuple) else times, noise,
                                             blocks=range(1, len(run.net.blocks) + 1))
-    return grid, [round(mean_distance(z).item(), 6) for z in activations]
+    measures = dict(block_distance=mean_distance, block_rank=effective_rank,
+                    block_norm=lambda z: z.float().square().mean())
+    return grid, {name: [float(f"{f(z).item():.6g}") for z in activations] for name, f in measures.items()}
 
 
 def train(args, data, held_out, rank, world, device):
@@ -843,9 +864,10 @@ def train(args, data, held_out, rank, world, device):
 
     def show(done):
         if rank == 0 and (done % args.sample_every == 0 or done == steps):
-            grid, spread = picture(run, done, args, out, decode)
-            record(step=done, block_distance=spread)
-            say(f"step {done:,}: {grid}; distance after each block " + " ".join(f"{d:.3g}" for d in spread))
+            grid, measures = picture(run, done, args, out, decode)
+            record(step=done, **measures)
+            say(f"step {done:,}: {grid}; distance after each block "
+                + " ".join(f"{d:.3g}" for d in measures["block_distance"]))
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     say(f"model   {args.model}, {sum(p.numel() for p in run.net.parameters()) / 1e6:.1f}M parameters, "
@@ -864,7 +886,6 @@ def train(args, data, held_out, rank, world, device):
     with Stop(world) as stop:
         if first and not any(entry["step"] == first and "block_distance" in entry for entry in past):
             show(first)  # the run ended before it could
-        held_out = next(batches(held_out, 0, 1, args.batch, run.mine, args.seed, device))[1:3] if held_out else None
         for step, *batch in batches(data, first, steps, args.batch, run.mine, args.seed, device):
             done = step + 1
             is_log = done % args.log_every == 0 or done == steps
@@ -877,11 +898,10 @@ def train(args, data, held_out, rank, world, device):
                 run.check()
             if is_log:
                 means = [sums / (done - logged), values[-1:]]
-                means += [run.validate(*held_out)[None]] if held_out else []
                 means = torch.cat(means)
                 if world > 1:
                     dist.all_reduce(means)
-                means = dict(zip([*run.terms, "distance", "val"], (means / world).tolist()))
+                means = dict(zip([*run.terms, "distance"], (means / world).tolist()))
                 now = time.time()
                 rate = (done - logged) * args.batch / (now - shown)
                 left = (steps - done) * (now - started) / (done - first)
@@ -894,6 +914,10 @@ def train(args, data, held_out, rank, world, device):
                 text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
                 say(f"step {done:,}/{steps:,}  {text}  {rate:,.1f} images/s  {clock(left)} left")
             paused = time.time()
+            if held_out and is_ckpt:
+                val = run.validate(held_out, rank)
+                record(step=done, val=val)
+                say(f"step {done:,}: held-out loss {val:.4f}")
             if is_snapshot and rank == 0:
                 (out / "snapshots").mkdir(exist_ok=True)
                 with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
