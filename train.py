@@ -1,31 +1,25 @@
 """Train a diffusion transformer with Dispersive Loss.
 
-    python train.py                                      a demo that draws its own data: 4 minutes on 2 CPU cores
+    python train.py                                      a demo that draws its own data
     python train.py --images photos --data data/photos --vae none --size 32             cache a folder, then train
     torchrun --nproc_per_node=8 train.py --data data/photos --model SiT-B/2
 
-A run is a function of (config, data, seed, step): every draw comes from a stream seeded by (seed, step, purpose) for
-the whole global batch, of which each rank takes its slice. So resuming needs no generator states, and the number of
-ranks and of accumulation steps changes nothing but the order of floating-point sums.
+A run is a function of (config, data, seed, step): every random draw has a generator of its own, seeded by (seed, step,
+purpose), which draws for the whole global batch, and each rank takes its slice. So a run can go on from its weights and
+its step alone, and the number of ranks and of accumulated passes changes nothing but the order of sums.
 """
 import argparse
 import colorsys
-import contextlib
 import copy
-import ctypes
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,90 +28,95 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
                         effective_rank, mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UserError, atomic, barrier, check_state, clock,
-                    command, compile_blocks, cpu_cores, default_dtype, default_objective, first_line, generate,
-                    list_images, load_file, load_weights, lock, number, read_image, read_json, refuse_other,
+from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableImage, UserError, atomic, barrier,
+                    center_crop, clock, command, compile_blocks, cpu_cores, default_dtype, default_objective, generate,
+                    list_images, load_file, load_weights, lock, naming, number, open_array, read_image, read_json,
                     save_grid, start, weights_in)
 
-DEMO = dict(model="SiT-XS/4", epochs=12, batch=32, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
-VAL_IMAGES, VAL_CHUNK = 2048, 64  # of the held-out data, and how many go through the network at a time
-CKPT = "ckpt.pt", "ckpt.prev.pt", "ckpt.new.pt"  # the latest, the one before, and the next until it is verified
-NEVER = 2 ** 62  # the first bad step of a run without one
-# what may differ when a run is resumed; data and features are compared by content
-MAY_CHANGE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every",
-              "wandb", "resume", "out", "data", "val", "images", "cache_only", "skip_bad", "size", "vae", "bench",
-              "repa"}
+DEMO = dict(model="SiT-XS/4", steps=1500, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
+CHUNK = 256  # images that are cached at a time
+# flags that may change when a run is continued; a change of those in TUNABLE is logged
+FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
+        "out", "data", "val", "images", "cache_only", "size", "vae"}
+TUNABLE = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 
 
 def parse(argv):
     p = Parser(prog="train.py", description=__doc__)
-    data = p.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="directory of cached latents or pixels")
-    data.add_argument("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
-    data.add_argument("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
-    data.add_argument("--vae", help="ema, mse or a file: keep Stable Diffusion's latents (ema); none: keep the pixels")
-    data.add_argument("--skip-bad", action="store_true", help="leave out unreadable images instead of stopping")
-    data.add_argument("--cache-only", action="store_true", help="stop after caching")
-    data.add_argument("--val", metavar="DIR", help="held-out data: log the EMA's regression loss on it at checkpoints")
-    run = p.add_argument_group("training")
-    run.add_argument("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
-    run.add_argument("--objective", choices=[*OBJECTIVES], help="default: flow for SiT, diffusion for DiT")
-    run.add_argument("--epochs", type=number(float, 0), default=80, help="(80)")
-    run.add_argument("--steps", type=number(int, 1), help="instead of epochs")
-    run.add_argument("--batch", type=number(int, 1), default=256, help="global batch (256)")
-    run.add_argument("--micro", type=number(int, 1), help="samples a forward pass on each rank; default: its share")
-    run.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint, one's own or published")
-    run.add_argument("--lr", type=number(float, 0), default=1e-4, help="(1e-4)")
-    run.add_argument("--ema", type=number(float, 0, 1), default=0.9999, help="decay, warmed up (0.9999)")
-    run.add_argument("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of the labels replaced by "
-                     "the null label; 1 trains without labels (0.1)")
-    run.add_argument("--grad-clip", type=number(float, 0), default=0.0, help="largest gradient norm; 0: any (0)")
-    run.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
-    run.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    disp = p.add_argument_group("dispersive loss")
-    disp.add_argument("--disp", choices=[*KINDS, "none"], default="infonce")
-    disp.add_argument("--disp-weight", type=number(float, 0), default=0.5, help="lambda (0.5)")
-    disp.add_argument("--disp-tau", type=number(float, 1e-3), default=0.5, help="temperature (0.5)")
-    disp.add_argument("--disp-margin", type=number(float, 0), default=1.0, help="of the hinge (1.0)")
-    disp.add_argument("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
-    disp.add_argument("--disp-group", type=number(int, 2), default=16, help="samples compared with each other (16)")
-    compared = p.add_argument_group("what it is compared with")
-    compared.add_argument("--contrastive", choices=["independent", "dependent"], help="contrast with a second view of "
-                          "each image, of its own noise and time, or of the same noise and a time within 0.005")
-    compared.add_argument("--repa", metavar="FILE", help="align a block with an encoder's features, an .npy "
-                          "(N, tokens, D), or (N, 2, tokens, D) with those of the mirror images")
-    compared.add_argument("--repa-weight", type=number(float, 0), default=0.5, help="(0.5)")
-    compared.add_argument("--repa-block", type=number(int, 1), default=8, help="(8)")
-    compared.add_argument("--meanflow-omega", type=number(float, 0), default=1.0, help="MeanFlow's guidance in "
-                          "training, of effective scale omega / (1 - kappa) (1: none)")
-    compared.add_argument("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="(0)")
-    compared.add_argument("--meanflow-interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0],
-                          metavar=("FROM", "TO"), help="times of that guidance; 0 is noise, 1 is data (0 1)")
-    out = p.add_argument_group("output")
-    out.add_argument("--out", default="out", help="directory of ckpt.pt, log.jsonl and samples/ (out)")
-    out.add_argument("--log-every", type=number(int, 1), default=100, help="(100)")
-    out.add_argument("--ckpt-every", type=number(int, 1), default=5000, help="(5000)")
-    out.add_argument("--sample-every", type=number(int, 1), default=10000, help="(10000)")
-    out.add_argument("--snapshot-every", type=number(int, 1), help="also keep the EMA of every so many steps")
-    out.add_argument("--resume", default="auto", help="auto: continue --out; none: start afresh; or a file (auto)")
-    out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-    out.add_argument("--bench", type=number(int, 1), metavar="N", help="only measure speed and memory, in N steps; "
-                     "without --data on random latents of ImageNet's shape")
+    flag = p.add_argument
+    count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    # data
+    flag("--data", metavar="DIR", help="directory of cached latents or pixels")
+    flag("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
+    flag("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
+    flag("--vae", help="ema, mse or a file: keep Stable Diffusion's latents (ema); none: keep the pixels")
+    flag("--cache-only", action="store_true", help="stop after caching")
+    flag("--val", metavar="DIR", help="held-out data: log the EMA's regression loss on it at checkpoints")
+    # training
+    flag("--model", default="SiT-B/2", help="SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8 (SiT-B/2)")
+    flag("--objective", choices=[*OBJECTIVES], help="default: flow for SiT, diffusion for DiT")
+    flag("--epochs", type=amount, default=80, help="(80)")
+    flag("--steps", type=count, help="instead of epochs")
+    flag("--batch", type=count, default=256, help="global batch (256)")
+    flag("--micro", type=count, help="samples a forward pass on each rank; default: its share")
+    flag("--init", metavar="FILE", help="start from the weights of a checkpoint, one's own or published")
+    flag("--lr", type=amount, default=1e-4, help="(1e-4)")
+    flag("--beta2", type=number(float, 0, 0.999999), help="of AdamW (0.999; MeanFlow: 0.95)")
+    flag("--ema", type=share, default=0.9999, help="decay, warmed up (0.9999)")
+    flag("--grad-clip", type=amount, default=0.0, help="largest gradient norm; 0: any (0)")
+    flag("--label-dropout", type=share, default=0.1, help="share of labels dropped; 1: train without labels (0.1)")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
+    flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    # the dispersive loss, and what it is compared with
+    flag("--disp", choices=[*KINDS, "none"], default="infonce")
+    flag("--disp-weight", type=amount, default=0.5, help="lambda (0.5)")
+    flag("--disp-tau", type=number(float, 1e-3), default=0.5, help="temperature (0.5)")
+    flag("--disp-margin", type=amount, default=1.0, help="of the hinge (1.0)")
+    flag("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
+    flag("--disp-group", type=number(int, 2), default=16, help="samples compared with each other (16)")
+    flag("--contrastive", choices=["independent", "dependent"], help="contrast with a second view of each image: with "
+         "noise and time of its own, or with the same noise and a time within 0.005")
+    flag("--repa", metavar="FILE", help="align a block with an encoder's features, an .npy (N, tokens, D), or (N, 2, "
+         "tokens, D) with those of the mirror images")
+    flag("--repa-weight", type=amount, default=0.5, help="(0.5)")
+    flag("--repa-block", type=count, default=8, help="(8)")
+    flag("--meanflow-omega", type=amount, default=1.0, help="guidance in training, of scale omega / (1 - kappa) (1)")
+    flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="(0)")
+    flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"), help="its times (0 1)")
+    # output
+    flag("--out", default="out", help="directory of the run; one that holds a run continues it (out)")
+    flag("--log-every", type=count, default=100, help="(100)")
+    flag("--ckpt-every", type=count, default=5000, help="(5000)")
+    flag("--sample-every", type=count, default=10000, help="(10000)")
+    flag("--snapshot-every", type=count, help="also keep the EMA of every so many steps")
+    flag("--wandb", action="store_true", help="also log to Weights & Biases")
     args = p.parse_args(argv)
-    if not args.data and not args.images and not args.bench:
-        # the demo: its values replace the defaults, not what the user says
-        p.set_defaults(**DEMO)
+    if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
+        p.set_defaults(**DEMO, batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
         args = p.parse_args(argv)
+    if args.model not in MODELS:
+        raise UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    if args.images and not args.data:
+        raise UserError("--images needs --data DIR, where the cached arrays go")
+    if args.cache_only and not args.images:
+        raise UserError("--cache-only needs --images FOLDER")
+    if args.contrastive and args.disp == "none":
+        raise UserError("--contrastive needs a --disp other than none")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb: the wandb package is not installed")
+    args.objective = args.objective or default_objective(args.model)
+    args.beta2 = args.beta2 or (0.95 if args.objective == "meanflow" else 0.999)
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: a demo that is drawn, a folder of images that is cached, and the arrays that training reads
+# Data: a demo that is drawn, a folder of images that is cached, and the batches that training reads
 
 # the demo's classes: points and inner radius of a star, turns, and the size of a hole; each is its own mirror image, so
 # that horizontal flips keep the class
@@ -145,206 +144,160 @@ def demo_data(n=4000, size=16, oversample=8):
     return images, labels, list(SHAPES)
 
 
-def center_crop(image, size):
-    """ADM's crop: halve by box filter while the short side is at least 2*size, bicubic to size, then the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+def one_ahead(function, items):
+    """Yield function(item) for every item, while a thread works on the next one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for item in items:
+            current, coming = coming, pool.submit(function, item)
+            if current:
+                yield current.result()
+        if coming:
+            yield coming.result()
 
 
-def load_crops(files, size, rows):
-    """Files of these rows -> the rows that could be read, their pixels uint8 (B, 3, size, size), [(row, error)]."""
-    good, pixels, bad = [], [], []
-    for row in rows:
-        try:
-            pixels.append(np.array(center_crop(read_image(files[row]), size)).transpose(2, 0, 1))
-            good.append(row)
-        except UserError as error:
-            bad.append((row, str(error)))
-    return good, torch.from_numpy(np.array(pixels, np.uint8).reshape(-1, 3, size, size)), bad
-
-
-class Rows:
-    """An array on disk that ranks fill row by row, and that an interrupted run continues.
-
-    It grows as PATH.part, with PATH.part.map (a byte a row, 1 when it is done) and PATH.part.json (what it is made of:
-    a continuation with other values is refused); `finish` turns it into PATH.
-    """
-
-    def __init__(self, path, shape, dtype, made_of, rank, world):
-        self.path, self.part = Path(path), Path(f"{path}.part")
-        self.notes = [Path(f"{self.part}.map"), Path(f"{self.part}.json")]
-        if rank == 0:
-            if self.notes[1].exists():
-                refuse_other(self.part, read_json(self.notes[1]), made_of)
-            else:
-                self._create(shape, dtype, made_of)
-        barrier()
-        begun = open_data(self.part)
-        if (begun.shape, begun.dtype) != (shape, dtype) or self.notes[0].stat().st_size != len(begun):
-            raise UserError(f"{self.part}: it or its .map is not as it was begun: remove {self.notes[1]} to begin anew")
-        self.rows = np.lib.format.open_memmap(self.part, mode="r+")
-        self.map = np.memmap(self.notes[0], np.uint8, "r+")
-        self.todo = np.array_split(np.flatnonzero(self.map == 0), world)[rank]
-        barrier()  # nobody writes before everybody has read the map
-
-    def _create(self, shape, dtype, made_of):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(self.part, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash on some later write
-            with open(self.part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
-        self.notes[0].write_bytes(bytes(shape[0]))
-        with atomic(self.notes[1]) as file:  # last: its presence says that the other two are complete
-            file.write(json.dumps(made_of).encode())
-
-    def write(self, indices, rows):
-        self.rows[indices] = rows
-        self.map[indices] = 1
-
-    def finish(self):
-        """On rank 0, once every rank is done."""
-        self.rows.flush()
-        os.replace(self.part, self.path)
-        for note in self.notes:
-            note.unlink()
+def load_crop(file, size):
+    """An image file -> its pixels (3, size, size) uint8 and None, or zeros and the reason why it cannot be read."""
+    try:
+        return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), None
+    except UnreadableImage as error:
+        return np.zeros((3, size, size), np.uint8), str(error)
 
 
 def cache_images(args, rank, world, device):
-    """Turn --images into the arrays of --data: latents.npy, labels.npy (-1: left out) and meta.json."""
-    folder, target = Path(args.images), Path(args.data)
-    found = list_images(folder)
-    files = [file for file in found if file.parent != folder]
-    if rank == 0 and len(files) < len(found):
-        print(f"{len(found) - len(files)} images outside the class folders are left out", file=sys.stderr)
+    """Turn --images into the arrays of --data: latents.npy, meta.json, and last labels.npy (-1: unreadable image).
+
+    When a chunk of images has been written, a file in chunks/ lists those that were unreadable; an interrupted run goes
+    on with the chunks that have no such file.
+    """
+    folder, target, size = Path(args.images), Path(args.data), args.size
+    files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders that hold images, found images without a class")
-    relative = [file.relative_to(folder) for file in files]
-    names = sorted({path.parts[0] for path in relative})
-    listing = zlib.crc32("\n".join(map(str, relative)).encode())
-    made_of = dict(size=args.size, vae=args.vae or "ema", images=f"{len(files)} files ({listing:08x})")
-    if (target / "latents.npy").exists():
-        return refuse_other(f"--data {target}", read_json(target / "meta.json"), made_of)
-    if made_of["vae"] == "none":
-        vae, shape, dtype = None, (3, args.size, args.size), np.uint8
-    elif args.size % 8:
-        raise UserError(f"--size {args.size}: the VAE needs a multiple of 8")
-    else:
-        vae, shape, dtype = VAE(made_of["vae"]).to(device), (2, 8, args.size // 8, args.size // 8), np.float16
-    rows = Rows(target / "latents.npy", (len(files), *shape), dtype, made_of, rank, world)
-    workers = max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = torch.utils.data.DataLoader(rows.todo.tolist(), batch_size=64, num_workers=workers,
-                                         collate_fn=functools.partial(load_crops, files, args.size))
-    progress = Progress("caching", len(rows.todo) * world, quiet=rank > 0)
-    bad = []
-    for good, pixels, errors in loader:
-        if good:
-            rows.write(good, (posteriors(vae, pixels.to(device)).cpu() if vae else pixels).numpy())
-        bad += errors
-        progress.update((len(good) + len(errors)) * world)
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, bad)
-        bad = sorted(sum(everywhere, []))
-    if bad and not args.skip_bad:
-        raise UserError(f"--images {folder}: {len(bad)} unreadable, such as {'; '.join(e for _, e in bad[:3])}: mend "
-                        f"or remove them, or pass --skip-bad, which lists all; what is cached already is kept")
+    kinds = [file.relative_to(folder).parts[0] for file in files]
+    listing = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
+    meta = dict(classes=sorted({*kinds}), vae=args.vae or "ema", size=size, images=f"{len(files)} ({listing:08x})")
+    pixels = meta["vae"] == "none"
+    if not pixels and size % 8:
+        raise UserError(f"--size {size}: the VAE needs a multiple of 8")
+    chunks, array = target / "chunks", target / "latents.npy"
     if rank == 0:
-        labels = np.searchsorted(names, [path.parts[0] for path in relative])
-        labels[[row for row, _ in bad]] = -1
-        for _, error in bad:
-            print("left out:", error, file=sys.stderr)
+        with naming(target):
+            target.mkdir(parents=True, exist_ok=True)
+            locked = lock(target / ".lock")
+            before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
+            if (before or array.exists()) and before != meta:
+                differs = ", ".join(f"--{name} {before.get(name)}" for name in meta if before.get(name) != meta[name])
+                raise UserError(f"--data {target}: was begun with {differs}: name another directory")
+            with atomic(target / "meta.json") as file:
+                file.write(json.dumps(meta, indent=1).encode())
+            if not array.exists():
+                chunks.mkdir(exist_ok=True)
+                shape, dtype = ((3, size, size), np.uint8) if pixels else ((2, 8, size // 8, size // 8), np.float16)
+                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))
+                os.replace(target / "new.npy", array)
+    barrier()
+    if (target / "labels.npy").exists():
+        return
+    rows = open_array(array)
+    todo = [first for first in range(0, len(files), CHUNK) if not (chunks / f"{first}.json").exists()][rank::world]
+    barrier()  # every rank has looked before any writes
+
+    vae = None if pixels else VAE(meta["vae"]).to(device)
+    progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
+    with ThreadPoolExecutor(cpu_cores()) as pool:
+        load = lambda first: [*pool.map(functools.partial(load_crop, size=size), files[first:first + CHUNK])]
+        for first, loaded in zip(todo, one_ahead(load, todo)):
+            images = torch.from_numpy(np.stack([image for image, _ in loaded]))
+            if not pixels:  # mean and std of each image and of its mirror, whose latent is not the mirror of the latent
+                x = images.to(device).float() / 127.5 - 1
+                images = torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half().cpu()
+            with naming(array), open(array, "r+b") as file:  # a full disk is an error here; mapped memory would crash
+                file.seek(rows.offset + first * rows[0].nbytes)
+                file.write(images.numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            with atomic(chunks / f"{first}.json") as file:
+                file.write(json.dumps({first + i: bad for i, (_, bad) in enumerate(loaded) if bad}).encode())
+            progress.update(CHUNK * world)
+    barrier()
+    if rank == 0:
+        unreadable = {int(row): bad for path in chunks.glob("*.json") for row, bad in read_json(path).items()}
+        for row in sorted(unreadable):
+            print("left out:", unreadable[row], file=sys.stderr)
+        if len(unreadable) == len(files):
+            raise UserError(f"--images {folder}: none of its {len(files)} images can be read")
+        labels = np.searchsorted(meta["classes"], kinds)
+        labels[[*unreadable]] = -1
         with atomic(target / "labels.npy") as file:
             np.save(file, labels)
-        with atomic(target / "meta.json") as file:
-            file.write(json.dumps(dict(classes=names, **made_of), indent=1).encode())
-        rows.finish()  # last: latents.npy is there only when everything is
+        shutil.rmtree(chunks)
+        locked.close()
     barrier()
 
 
-def posteriors(vae, pixels):
-    """uint8 images (B, 3, H, W) -> float16 mean and std of each and of its mirror, (B, 2, 8, H/8, W/8).
-
-    The latent of a mirror image is not the mirror of the latent.
-    """
-    x = pixels.float() / 127.5 - 1
-    return torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half()
-
-
-def open_data(path):
-    """A memory-mapped .npy array, never unpickled; UserError when it is missing, damaged, of objects or too long."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-        if array.offset + array.nbytes != os.path.getsize(path):
-            raise ValueError(f"the file is longer than {array.dtype} {array.shape}")
-        return array
-    except Exception as error:  # numpy raises whatever the damage causes
-        raise UserError(f"{path}: not a readable .npy array ({first_line(error)})") from None
+def fingerprint(array):
+    """A checksum of up to 64 rows, spread over the array: enough to tell it from others."""
+    rows = np.linspace(0, len(array) - 1, min(64, len(array))).astype(int)
+    return f"{array.dtype} {'x'.join(map(str, array.shape))} {zlib.crc32(array[rows].tobytes()):08x}"
 
 
 class Data:
-    """uint8 pixels (N, 3, H, H), or float16 posterior mean and std of image and mirror (N, 2, 8, H, H), by entry."""
+    """uint8 pixels (N, 3, H, H), or float16 posterior mean and std of image and mirror (N, 2, 8, H, H), memory-mapped.
 
-    def __init__(self, name, latents, labels, classes, vae="none", meta=""):
+    Entries are the rows whose label is not -1.
+    """
+
+    def __init__(self, name, latents, labels, classes, vae="none"):
         self.name, self.latents, self.labels, self.classes, self.vae = name, latents, labels, classes, vae
         self.rows = np.flatnonzero(labels >= 0)
-        self.hash = zlib.crc32(labels.tobytes() + meta.encode())
-        self.pixels = latents.dtype == np.uint8
+        self.pixels = vae == "none"
         self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
         self.features, self.mirrors = None, True
+        self.contents = dict(data=fingerprint(latents), labels=zlib.crc32(labels.tobytes()), classes=classes, vae=vae)
+
+    @classmethod
+    def open(cls, flag, folder):
+        folder = Path(folder)
+        if not (folder / "labels.npy").exists():
+            raise UserError(f"{flag} {folder}: no labels.npy there; make it with --images FOLDER --data {folder}")
+        latents, labels = open_array(folder / "latents.npy"), np.array(open_array(folder / "labels.npy"))
+        meta = read_json(folder / "meta.json")
+        classes, vae = meta.get("classes"), meta.get("vae")
+        if not isinstance(classes, list) or not isinstance(vae, str):
+            raise UserError(f"{folder / 'meta.json'}: expected a list of classes and the name of a vae")
+        dtype, sizes = ("uint8", (3,)) if vae == "none" else ("float16", (2, 8))
+        if latents.dtype != dtype or latents.shape[1:] != sizes + 2 * latents.shape[-1:] or not latents.size:
+            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {latents.shape}; for vae {vae}, {dtype} "
+                            f"(N, {', '.join(map(str, sizes))}, H, H) is expected")
+        known = {*np.unique(labels)} <= {*range(-1, len(classes))}
+        if labels.shape != latents.shape[:1] or not known or labels.max() < 0:
+            raise UserError(f"{folder / 'labels.npy'}: is {labels.dtype} {labels.shape}; {latents.shape[:1]} integers "
+                            f"from 0 to {len(classes) - 1} are expected (-1: left out)")
+        return cls(str(folder), latents, labels.astype(np.int64), classes, vae)
 
     def add_features(self, path, tokens):
         """Read an encoder's features, too: (N, T, D), which rules out mirror images, or (N, 2, T, D), with theirs."""
-        features, n = open_data(path), len(self.labels)
+        features, n = open_array(path), len(self.labels)
         self.features = features[:, None] if features.ndim == 3 else features
         self.mirrors = features.ndim == 4
-        views = self.features.shape[1:2] == ((2,) if self.mirrors else (1,))
-        if features.dtype.kind != "f" or self.features.ndim != 4 or not views or self.features.shape[2] != tokens \
-                or len(features) != n or not features.shape[-1]:
+        if features.dtype.kind != "f" or self.features.shape[:-1] != (n, 1 + self.mirrors, tokens):
             raise UserError(f"--repa {path}: is {features.dtype} {features.shape}, where floats ({n}, {tokens}, D) or "
-                            f"({n}, 2, {tokens}, D) are expected, a row for each of the data's and a token for each "
-                            f"of the model's")
-
-    @classmethod
-    def open(cls, folder):
-        folder = Path(folder)
-        if not (folder / "latents.npy").exists():
-            raise UserError(f"--data {folder}: no latents.npy there; make it with --images FOLDER --data {folder}")
-        latents, labels = open_data(folder / "latents.npy"), open_data(folder / "labels.npy")
-        meta = read_json(folder / "meta.json")
-        if not meta.get("classes") or not isinstance(meta["classes"], list) or not isinstance(meta.get("vae"), str):
-            raise UserError(f"{folder / 'meta.json'}: expected a list of classes and the name of a vae")
-        classes = list(map(str, meta["classes"]))
-        shape = latents.shape
-        dtype, *sizes = (np.uint8, 3) if meta["vae"] == "none" else (np.float16, 2, 8)
-        if latents.dtype != dtype or 0 in shape or shape[1:] != (*sizes, *2 * shape[-1:]):
-            raise UserError(f"{folder / 'latents.npy'}: is {latents.dtype} {shape}, where {dtype.__name__} "
-                            f"(N, {', '.join(map(str, sizes))}, H, H) is expected: its meta.json has vae {meta['vae']}")
-        if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1]:
-            raise UserError(f"{folder / 'labels.npy'}: is {labels.dtype} {labels.shape}, where {latents.shape[:1]} "
-                            f"integers are expected")
-        labels = np.array(labels)
-        if labels.max() < 0 or labels.max() >= len(classes) or labels.min() < -1:
-            raise UserError(f"{folder / 'labels.npy'}: expected labels from 0 to {len(classes) - 1} (-1: left out)")
-        return cls(str(folder), latents, labels.astype(np.int64), classes, meta["vae"], json.dumps(meta))
+                            f"({n}, 2, {tokens}, D) are expected")
+        self.contents["repa"] = fingerprint(features)
 
     def __len__(self):
         return len(self.rows)
 
     def read(self, entries, flips):
-        """Arrays of the entries, mirrored where flips says, their labels, and their features if any, as tensors."""
-        rows = self.rows[entries]
+        """Images or posteriors of the entries, mirrored where flips says, their labels, and their features if any."""
+        rows, views = self.rows[entries], flips.astype(int)
         if self.pixels:
             images = np.ascontiguousarray(self.latents[rows])
             images[flips] = images[flips, ..., ::-1]
         else:
-            images = self.latents[rows, flips.astype(int)]
-        arrays = [images, self.labels[rows]]
-        if self.features is not None:
-            arrays.append(self.features[rows, flips.astype(int)])
+            images = self.latents[rows, views]
+        arrays = [images, self.labels[rows]] + ([] if self.features is None else [self.features[rows, views]])
         return [torch.from_numpy(array) for array in arrays]
 
     def prepare(self, images, noise):
@@ -366,29 +319,22 @@ def batch_entries(seed, step, batch, n):
     return np.concatenate([permutation(seed, int(e), n)[p[p // n == e] % n] for e in np.unique(p // n)])
 
 
-def batches(data, first, last, batch, mine, seed, device):
-    """Yield (step, images, labels, features if any), this rank's slice `mine` of every global batch.
-
-    A thread reads one step ahead.
-    """
+def batches(data, steps, batch, mine, seed, device):
+    """Yield this rank's slice `mine` of the global batch of every step: [images, labels, features if any]."""
     def read(step):
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
-        flips &= data.mirrors
-        tensors = data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine])
+        tensors = data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine] & data.mirrors)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread starts on GPU 0
+            torch.cuda.set_device(device)  # this is a thread, and threads start on GPU 0
             tensors = [tensor.pin_memory() for tensor in tensors]
         return tensors
 
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(read, first)
-        for step in range(first, last):
-            tensors, future = future.result(), pool.submit(read, step + 1)
-            yield step, *(tensor.to(device, non_blocking=True) for tensor in tensors)
+    for tensors in one_ahead(read, steps):
+        yield [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# The step
 
 
 def stream(seed, step, purpose, device):
@@ -397,662 +343,425 @@ def stream(seed, step, purpose, device):
     return torch.Generator(device).manual_seed(int(state[0]))
 
 
-def check_batch(batch, world, micro, group):
-    """The samples a forward pass on each rank; UserError, with the nearest values that fit, if sizes do not divide."""
-    wanted = micro or max(1, batch // world)
-    if batch % (world * wanted) == 0 and wanted % group == 0:
-        return wanted
-    fits = [size for size in range(group, batch // world + 1, group) if batch % (world * size) == 0]
-    fit = min(fits, key=lambda size: abs(size - wanted)) if fits else max(1, round(wanted / group)) * group
-    near = batch if fits else max(1, round(batch / (world * fit))) * world * fit
-    raise UserError(f"--batch {batch}, --micro {wanted} and --disp-group {group} do not fit {world} rank(s): --batch "
-                    f"must be a multiple of ranks x --micro, and --micro of --disp-group (1 without dispersion); the "
-                    f"nearest that fit are --batch {near} --micro {fit}")
+def draw_times(objective, n, generator):
+    """n times t, and as many r: only MeanFlow has an r of its own."""
+    times = objective.times(n, generator)
+    return times if isinstance(times, tuple) else (times, times)
 
 
-def parse_blocks(text, depth):
-    """--disp-blocks -> ascending block numbers, from 1. The paper's default is a quarter of the way in."""
-    if text is None:
-        return [max(1, depth // 4)]
-    if text == "all":
-        return list(range(1, depth + 1))
-    numbers = sorted({int(part) if part.strip().isdecimal() else 0 for part in text.split(",")})
-    if numbers[0] < 1 or numbers[-1] > depth:
-        raise UserError(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
-    return numbers
+class Losses(nn.Module):
+    """The network, and REPA's projector if there is one; the forward pass computes all terms of the loss.
 
+    It is one module, so that DistributedDataParallel wraps it once and exchanges the gradients of everything.
+    """
 
-def initialize(net, path):
-    """Start from a checkpoint's weights, and say so. The embedding of labels stays fresh when the file's is for other
-    classes, that of MeanFlow's second time when the file has none."""
-    state = weights_in(load_file(path))
-    table = "y_embedder.embedding_table.weight"
-    fresh = {name: value for name, value in net.state_dict().items()
-             if name.startswith("r_embedder.") and name not in state
-             or name == table and name in state and state[name].shape != value.shape
-             and state[name].shape[1:] == value.shape[1:]}
-    load_weights(net, {**state, **fresh}, path)
-    return f", from {path}" + (f" without {', '.join(fresh)}" if fresh else "")
+    def __init__(self, args, data, device):
+        super().__init__()
+        self.args, self.meanflow = args, args.objective == "meanflow"
+        self.objective = OBJECTIVES[args.objective]()
+        if self.meanflow:
+            self.objective = MeanFlow(4, args.meanflow_omega, args.meanflow_kappa, args.meanflow_interval)
+        self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
+                               num_classes=len(data.classes), second_time=self.meanflow)
+        if args.init:
+            initialize(self.net, args.init)
+        depth, width = len(self.net.blocks), self.net.pos_embed.shape[-1]
+        self.blocks = parse_blocks(args.disp_blocks, depth) if args.disp != "none" else []
+        if args.repa and args.repa_block > depth:
+            raise UserError(f"--repa-block {args.repa_block}: expected a number from 1 to {depth}")
+        self.projector = repa_projector(width, data.features.shape[-1]) if args.repa else None
+        self.captured = sorted({*self.blocks, *([args.repa_block] if args.repa else [])})
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
+    def forward(self, views, features, rows):
+        """The total to minimise, a scalar, and its terms, {name: scalar}.
 
-def keep_freed_memory():
-    """Keep glibc from handing the activations' memory back to the system after every step, to be cleared anew."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: no block apart
-            ctypes.CDLL(None).mallopt(option, value)
+        views: [dict of x, y, t, r, noise, each (n, ...)], or two of the same images, for a contrastive loss.
+        features: the encoder's, for REPA. rows: the samples with r != t, for MeanFlow.
+        """
+        args, n = self.args, len(views[0]["x"])
+        inputs = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+        if self.meanflow:
+            inputs["rows"] = rows
+        with self.autocast():
+            error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
+        z = dict(zip(self.captured, activations))
+        error = error[:n]  # of the first view; the second one is there for its activations
+        terms = {"loss": error.detach().mean()}
+        if self.meanflow:
+            error = self.objective.weight(error, inputs["x"][0].numel())
+        total = error.mean()
+        if self.blocks:
+            loss = contrastive_loss if args.contrastive else dispersive_loss  # of the two views, or of the one
+            disp = sum(loss(*z[block].chunk(len(views)), args.disp, args.disp_tau, args.disp_margin,
+                            group=args.disp_group) for block in self.blocks) / len(self.blocks)
+            total = total + args.disp_weight * disp
+            distance = sum(mean_distance(z[block][:n], args.disp_group) for block in self.blocks) / len(self.blocks)
+            terms |= {"disp": disp.detach(), "distance": distance}
+        if self.projector:
+            with self.autocast():
+                projected = self.projector(z[args.repa_block][:n])
+            repa = repa_loss(projected, features)
+            total = total + args.repa_weight * repa
+            terms["repa"] = repa.detach()
+        return total, terms
 
 
 class Trainer:
-    """What a run carries from step to step (model, EMA, optimiser, REPA's projector), and the step."""
+    """What a run carries from step to step: the model, its EMA, the optimiser, and the sums for the log."""
 
     def __init__(self, args, data, rank, world, device):
         torch.manual_seed(args.seed)
-        if device.type == "cpu":
-            keep_freed_memory()
-        self.args, self.data, self.world, self.device = args, data, world, device
-        if data.shape[-1] % MODELS[args.model]["patch_size"]:
-            raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
-        sizes = dict(input_size=data.shape[-1], in_channels=data.shape[0], num_classes=len(data.classes))
-        self.objective_name = args.objective or default_objective(args.model)
-        guidance = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=tuple(args.meanflow_interval))
-        mean = self.objective_name == "meanflow"
-        self.objective = MeanFlow(**guidance) if mean else OBJECTIVES[self.objective_name]()
-        self.net = build_model(args.model, **sizes, second_time=mean)
-        self.origin = initialize(self.net, args.init) if args.init else ""
-        self.net.to(device)
+        self.args, self.data, self.rank, self.world, self.device = args, data, rank, world, device
+        args.dtype = args.dtype or default_dtype(device)
+        losses = self.losses = Losses(args, data, device).to(device)
+        self.net, self.objective, self.projector = losses.net, losses.objective, losses.projector
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.blocks = parse_blocks(args.disp_blocks, len(self.net.blocks)) if args.disp != "none" else []
-        self.group = args.disp_group if self.blocks else 1
-        self.micro = check_batch(args.batch, world, args.micro, self.group)
-        self.share = args.batch // world
-        self.mine = slice(rank * self.share, (rank + 1) * self.share)
-        self.projector = None
-        if args.repa:
-            if args.repa_block > len(self.net.blocks):
-                raise UserError(f"--repa-block {args.repa_block}: expected a number from 1 to {len(self.net.blocks)}")
-            self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1]).to(device)
-        modules = [self.net, self.projector] if self.projector else [self.net]
-        self.weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-        betas = (0.9, 0.95) if mean else (0.9, 0.999)
-        self.optimizer = torch.optim.AdamW(self.weights, args.lr, betas, weight_decay=0.0, fused=True)
-        self.dtype = args.dtype or default_dtype(device)
-        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.dtype == "bf16")
         self.compiled = compile_blocks(self.net, args.compile, device)
-        parallel = functools.partial(torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True)
-        self.model = parallel(self.net) if world > 1 else self.net
-        self.project = parallel(self.projector) if world > 1 and self.projector else self.projector
-        self.choose_blocks(self.blocks)
-        self.mark = lambda phase: None  # --bench puts a stopwatch here
-        self.config = dict(data=f"{len(data)} of {'x'.join(map(str, data.shape))} ({data.hash:08x})")
-        self.config |= {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-        self.config["repa"] = args.repa and f"features {data.features.shape} ({zlib.crc32(data.features[0]):08x})"
-        self.config |= dict(sizes, dtype=self.dtype, disp_blocks=self.blocks, objective=self.objective_name,
-                            classes=data.classes, vae=data.vae)
-
-    def choose_blocks(self, blocks):
-        """Disperse these blocks from now on."""
-        self.blocks = blocks
-        self.terms = {"loss": 1.0}  # what the training loss is the weighted sum of
-        if blocks:
-            self.terms["disp"] = self.args.disp_weight
-        if self.projector:
-            self.terms["repa"] = self.args.repa_weight
-        self.factors = torch.tensor([*self.terms.values()], device=self.device)
-        self.first_bad = torch.full((len(self.terms) + 1,), NEVER, device=self.device)
+        self.weights = [p for p in losses.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
+        if world > 1:
+            self.losses = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
+        self.share = args.batch // world  # of the batch, on each rank
+        self.micro, group = args.micro or max(1, self.share), args.disp_group if losses.blocks else 1
+        if args.batch % (world * self.micro) or self.micro % group:
+            raise UserError(f"--batch {args.batch}, --micro {self.micro} and --disp-group {group} do not fit {world} "
+                            f"rank(s): --batch must be a multiple of ranks x --micro, and --micro of --disp-group "
+                            f"(1 without dispersion)")
+        self.mine = slice(rank * self.share, (rank + 1) * self.share)
+        self.sums, self.logged = {}, 0  # of the terms since the last line of the log, and that line's step
+        self.config = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.config |= data.contents | dict(disp_blocks=losses.blocks)
 
     def draw(self, sampler, step, purpose, *shape):
         """This rank's slice of what torch.rand or torch.randn draws for the whole global batch, (share, *shape)."""
         generator = stream(self.args.seed, step, purpose, self.device)
         return sampler(self.args.batch, *shape, generator=generator, device=self.device)[self.mine]
 
-    def view(self, step, suffix):
-        """Times t, r (share,) and noise (share, C, H, W) of a view of the images; r is MeanFlow's alone."""
-        times = self.objective.times(self.args.batch, stream(self.args.seed, step, "time" + suffix, self.device))
-        t, r = times if isinstance(times, tuple) else (times, times)
-        return dict(t=t[self.mine], r=r[self.mine],
-                    noise=self.draw(torch.randn, step, "noise" + suffix, *self.data.shape))
+    def views(self, step, images, labels):
+        """What the objective's loss takes for this rank's share: once, or twice for a contrastive loss."""
+        args, shape = self.args, self.data.shape
+        posterior = None if self.data.pixels else self.draw(torch.randn, step, "posterior", *shape)
+        x = self.data.prepare(images, posterior)
+        dropped = self.draw(torch.rand, step, "label") < args.label_dropout
+        y = torch.where(dropped, self.net.num_classes, labels)
+        views = []
+        for suffix in ("", "2") if args.contrastive else ("",):
+            generator = stream(args.seed, step, "time" + suffix, self.device)
+            t, r = (times[self.mine] for times in draw_times(self.objective, args.batch, generator))
+            views.append(dict(x=x, y=y, t=t, r=r, noise=self.draw(torch.randn, step, "noise" + suffix, *shape)))
+        if args.contrastive == "dependent":
+            last = 999 if args.objective == "diffusion" else 1  # the largest step number, or time
+            t = views[0]["t"] + 0.005 * last * (2 * self.draw(torch.rand, step, "time2") - 1)
+            views[1] |= dict(t=(t.round().long() if last > 1 else t).clamp(0, last), noise=views[0]["noise"])
+        if args.contrastive:
+            views[1]["r"] = views[1]["t"]
+        return views
 
-    def inputs(self, step, images, labels, suffix=""):
-        """What the objective's loss takes, for the images and labels of this rank's share of the batch."""
-        posterior = None if self.data.pixels else self.draw(torch.randn, step, "posterior" + suffix, *self.data.shape)
-        dropped = self.draw(torch.rand, step, "label" + suffix) < self.args.label_dropout
-        return dict(x=self.data.prepare(images, posterior), y=torch.where(dropped, self.net.num_classes, labels),
-                    **self.view(step, suffix))
+    def update(self, step, images, labels, features=None):
+        """One update of the weights, from this rank's share of the batch. Nothing in it waits for the device."""
+        args, share, micro = self.args, self.share, self.micro
+        views = self.views(step, images, labels)
 
-    def second_view(self, step, first):
-        """The same images once more, for contrastive losses. Its regression loss is dropped, and MeanFlow's r is t."""
-        if self.args.contrastive == "independent":
-            view = self.view(step, "2")
-        else:
-            last = 999 if self.objective_name == "diffusion" else 1  # a step number, or SiT's time
-            t = first["t"] + 0.005 * last * (2 * self.draw(torch.rand, step, "time2") - 1)
-            t = (t if last == 1 else t.round().long()).clamp(0, last)
-            view = dict(t=t, noise=first["noise"])
-        return {**first, **view, "r": view["t"]}
+        # forward and backward, in passes of `micro` samples whose gradients add up
+        for begin in range(0, share, micro):
+            part = slice(begin, begin + micro)
+            rows = slice(-(self.mine.start + begin) % 4, micro, 4)  # every fourth of the global batch
+            if self.world > 1:
+                self.losses.require_backward_grad_sync = part.stop == share  # ranks exchange in the last pass
+            total, terms = self.losses([{name: value[part] for name, value in view.items()} for view in views],
+                                       None if features is None else features[part], rows)
+            (total * micro / share).backward()
+            for name, value in terms.items():
+                self.sums[name] = self.sums.get(name, 0) + value * micro / share
 
-    def regress(self, model, views, part, blocks=()):
-        """The objective's loss of the samples `part` of the first view, the same as it is logged, and the activations
-        [(views x samples, T, D)] after the blocks, view by view."""
-        inputs = {name: torch.cat([view[name][part] for view in views]) for name in views[0]}
-        with self.autocast():
-            loss, activations = self.objective.loss(model, **inputs, blocks=blocks)
-        shown = self.objective.squared_error if self.objective_name == "meanflow" else loss.detach()
-        first = len(loss) // len(views)
-        return loss[:first].mean(), shown[:first].mean(), activations
-
-    def disperse(self, z):
-        """The dispersive loss of a block's activations, or the contrastive one of two views of them."""
-        a = self.args
-        if a.contrastive:
-            return contrastive_loss(*z.chunk(2), a.disp, a.disp_tau, a.disp_margin, group=self.group)
-        return dispersive_loss(z, a.disp, a.disp_tau, a.disp_margin, self.group)
-
-    def step(self, step, images, labels, features=None, with_distance=False):
-        """One update, on this rank's images, labels and features (share, T, D) -> its loss terms, as many as
-        self.terms, and its mean distance over the dispersed blocks, in one tensor."""
-        views = [self.inputs(step, images, labels)]
-        if self.args.contrastive:
-            views.append(self.second_view(step, views[0]))
-        captured = sorted({*self.blocks, *([self.args.repa_block] if self.project else [])})
-        shown = torch.zeros(len(self.terms) + 1, device=self.device)
-        self.mark("draws")
-        for begin in range(0, self.share, self.micro):
-            part, fraction = slice(begin, begin + self.micro), self.micro / self.share
-            with contextlib.ExitStack() as exchange:
-                for module in (self.model, self.project) if part.stop < self.share else ():
-                    if hasattr(module, "no_sync"):
-                        exchange.enter_context(module.no_sync())
-                loss, shown_loss, activations = self.regress(self.model, views, part, captured)
-                z, terms = dict(zip(captured, activations)), [loss]
-                self.mark("forward")
-                if self.blocks:
-                    terms.append(sum(self.disperse(z[block]) for block in self.blocks) / len(self.blocks))
-                self.mark("dispersion")
-                if self.project:
-                    with self.autocast():
-                        projected = self.project(z[self.args.repa_block][:self.micro])
-                    terms.append(repa_loss(projected, features[part]))
-                    self.mark("alignment")
-                terms = torch.stack(terms)
-                total = terms @ self.factors
-                # a loss that is not finite on one rank must make the gradients of all ranks so
-                total.backward(torch.where(total.isfinite(), fraction, math.nan))
-                self.mark("backward")
-            terms = torch.cat([shown_loss[None], terms[1:].detach()])
-            distance = sum(mean_distance(z[block][:self.micro], self.group) for block in self.blocks) \
-                / len(self.blocks) if with_distance and self.blocks else terms.new_zeros(())
-            shown += torch.cat([terms, distance[None]]) * fraction
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.weights])
-        if self.args.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.weights, self.args.grad_clip, norm)
-        finite = torch.cat([shown[:-1], norm[None]]).isfinite()
-        self.first_bad = torch.minimum(self.first_bad, torch.where(finite, NEVER, step + 1))
-        self.optimizer.found_inf = (self.first_bad[-1] < NEVER).float()  # skips the update, without waiting to know
+        # the optimiser
+        norm = nn.utils.clip_grad_norm_(self.weights, args.grad_clip or math.inf)
+        self.sums["gradient"] = self.sums.get("gradient", 0) + norm
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.mark("optimiser")
-        decay = min(self.args.ema, (1 + step) / (10 + step))  # warmed up, so that a short run's EMA forgets its start
+        self.optimizer.zero_grad()
+
+        # the EMA; its decay is warmed up, so that a short run's EMA forgets its start
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_([*self.ema.parameters()], [*self.net.parameters()], 1 - decay)
-        self.mark("EMA")
-        return shown
 
-    def labels(self, labels):
-        """The labels that the model knows: the null label for all, where it is trained without labels."""
-        return torch.full_like(labels, self.net.num_classes) if self.args.label_dropout == 1 else labels
+    def means(self, values):
+        """{name: mean of the scalar over the ranks}. Waits for the device."""
+        stacked = torch.stack([*values.values()])
+        if self.world > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.world).tolist()))
 
     @torch.no_grad()
-    def validate(self, held_out, rank):
-        """The EMA's regression loss on the first held-out images, under draws that depend on neither seed nor batch."""
-        count = min(VAL_IMAGES, len(held_out))
-        total = torch.zeros((), device=self.device)
-        for first in range(0, count, VAL_CHUNK)[rank::self.world]:
-            entries = np.arange(first, min(first + VAL_CHUNK, count))
-            images, labels = (tensor.to(self.device) for tensor in held_out.read(entries, np.zeros(len(entries), bool)))
-            draw = lambda purpose: torch.randn(len(entries), *held_out.shape, device=self.device,
-                                               generator=stream(0, first, purpose, self.device))
-            times = self.objective.times(len(entries), stream(0, first, "val time", self.device))
-            t, r = times if isinstance(times, tuple) else (times, times)
-            with self.autocast():
-                x = held_out.prepare(images, None if held_out.pixels else draw("val posterior"))
-                loss, _ = self.objective.loss(self.ema, x, self.labels(labels), t, draw("val noise"), r)
-            total += (self.objective.squared_error if self.objective_name == "meanflow" else loss).sum()
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.item() / count
+    def evaluate(self, data, entries, blocks=()):
+        """The EMA's regression loss on these entries, summed, and the activations after the blocks.
 
-    def state(self, step):
-        modules = dict(model=self.net, ema=self.ema, opt=self.optimizer)
-        if self.projector:
-            modules["projector"] = self.projector
-        return {**{name: module.state_dict() for name, module in modules.items()}, "step": step, "config": self.config}
+        Its draws depend on the first entry alone: neither on the seed nor on the batch.
+        """
+        images, labels = (part.to(self.device) for part in data.read(entries, np.zeros(len(entries), bool))[:2])
+        of = lambda purpose: stream(0, entries[0], f"val {purpose}", self.device)
+        posterior, noise = (torch.randn(len(entries), *data.shape, generator=of(purpose), device=self.device)
+                            for purpose in ("posterior", "noise"))
+        t, r = draw_times(self.objective, len(entries), of("time"))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            error, activations = self.objective.loss(self.ema, data.prepare(images, posterior), labels, t, noise, r,
+                                                     blocks=blocks)
+        return error.sum(), activations
 
-    def load(self, checkpoint, path):
-        load_weights(self.net, checkpoint["model"], path)
-        load_weights(self.ema, checkpoint["ema"], path)
-        if self.projector:
-            load_weights(self.projector, checkpoint.get("projector"), path)
-        own = self.optimizer.state_dict()["param_groups"]
-        try:
-            saved = dict(checkpoint["opt"])
-            fits = [group["params"] for group in saved["param_groups"]] == [group["params"] for group in own]
-            for i, p in enumerate(self.weights):
-                check_state(saved["state"][i], path)
-                shapes = [saved["state"][i][name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
-                fits = fits and shapes == [(), p.shape, p.shape]
-        except (KeyError, IndexError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}: its optimiser's state does not fit the model")
-        # a copy, else it keeps the file mapped, and on disk; the rates are those of the flags
-        self.optimizer.load_state_dict(dict(state=copy.deepcopy(saved["state"]), param_groups=own))
+    def validate(self, data, count=2048, chunk=64):
+        """The EMA's regression loss on the first held-out images."""
+        count, total = min(count, len(data)), torch.zeros((), device=self.device)
+        for first in range(0, count, chunk)[self.rank::self.world]:
+            total += self.evaluate(data, np.arange(first, min(first + chunk, count)))[0]
+        return self.means(dict(total=total))["total"] * self.world / count
 
-    def check(self):
-        """UserError, on all ranks alike, if anything was not finite up to here. Waits for the device."""
-        if self.world > 1:
-            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
-        first = self.first_bad.tolist()
-        if min(first) < NEVER:
-            names = dict(loss="regression loss", disp="dispersive loss", repa="alignment loss", gradient="gradient")
-            bad = [names[term] for term, step in zip([*self.terms, "gradient"], first) if step == min(first)]
-            raise UserError(f"step {min(first):,}: not finite: {', '.join(bad)}; no update has been made since. Try a "
-                            f"smaller --lr, --grad-clip 1 or --dtype fp32; checkpoints written before are whole")
+    def picture(self, path, decode):
+        """Write a grid of EMA samples, one class a row -> {measure: of 64 samples' activations after every block}."""
+        data, args = self.data, self.args
+        rows = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
+        labels = torch.from_numpy(rows.repeat(8))
+        if args.label_dropout == 1:
+            labels = torch.full_like(labels, self.net.num_classes)
+        images = generate(self.ema, self.objective, data.shape, labels, range(len(labels)), args.seed, self.device,
+                          args.dtype, decode, steps=1 if args.objective == "meanflow" else 25)
+        save_grid(images.numpy(), path, columns=8)
+        measures = dict(block_distance=[], block_rank=[], block_norm=[])
+        entries = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)  # of all classes: caches are sorted
+        for block in range(1, len(self.net.blocks) + 1) if len(entries) > 1 else []:  # one at a time, to save memory
+            z = self.evaluate(data, entries, [block])[1][0]
+            for name, value in zip(measures, (mean_distance(z), effective_rank(z), z.float().square().mean())):
+                measures[name].append(float(f"{value.item():.6g}"))
+        return measures
 
-    def check_ranks(self, step):
-        """UserError if the ranks do not hold the same bits, which they do unless hardware or network is at fault."""
-        if self.world == 1:
-            return
-        sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.weights])
-        ends = torch.cat([sums, -sums])
-        dist.all_reduce(ends, dist.ReduceOp.MAX)  # the greatest, and minus the least
-        if (ends[:len(sums)] + ends[len(sums):]).any():
-            raise UserError(f"step {step:,}: the ranks hold different weights: hardware, network, or an --out that "
-                            f"they do not share is at fault; the checkpoint before is as it was")
+
+def parse_blocks(text, depth):
+    """--disp-blocks -> ascending block numbers, from 1. The paper's default is a quarter of the way in."""
+    numbers = [str(number) for number in range(1, depth + 1)]
+    chosen = numbers if text == "all" else (text or str(max(1, depth // 4))).split(",")
+    if not {*chosen} <= {*numbers}:
+        raise UserError(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
+    return sorted({int(number) for number in chosen})
+
+
+def initialize(net, path):
+    """Load a checkpoint's weights, and say which stay fresh: the embedding of labels when the file's is for other
+    classes, that of MeanFlow's second time when the file has none."""
+    state = weights_in(load_file(path))
+    fresh = {name: value for name, value in net.state_dict().items()
+             if name.startswith("r_embedder.") and name not in state
+             or name.startswith("y_embedder.") and name in state and state[name].shape != value.shape}
+    load_weights(net, {**state, **fresh}, path)
+    if fresh:
+        print(f"not in {path}: {', '.join(fresh)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, and signals that end a run
+
+
+def save_checkpoint(trainer, step, sums):
+    """Write ckpt.pt; the one before stays as ckpt.prev.pt. Killed between the renames, a run goes on from that."""
+    out, t = Path(trainer.args.out), trainer
+    state = dict(model=t.net.state_dict(), ema=t.ema.state_dict(), opt=t.optimizer.state_dict(), step=step,
+                 config=t.config, sums=sums, logged=t.logged)
+    if t.projector:
+        state["projector"] = t.projector.state_dict()
+    with atomic(out / "ckpt.new.pt") as file:
+        torch.save(state, file)
+    if (out / "ckpt.pt").exists():
+        os.replace(out / "ckpt.pt", out / "ckpt.prev.pt")
+    os.replace(out / "ckpt.new.pt", out / "ckpt.pt")
+
+
+def resume(trainer):
+    """Load the latest checkpoint of --out, if there is one -> its step, and remarks on flags that have changed."""
+    latest, previous = (Path(trainer.args.out, name) for name in ("ckpt.pt", "ckpt.prev.pt"))
+    path = latest if latest.exists() else previous
+    if not path.exists():
+        return 0, []
+    try:
+        checkpoint = load_file(path)
+    except UserError as error:
+        hint = f"; delete it to go on from {previous}" if path == latest and previous.exists() else ""
+        raise UserError(f"{error}{hint}") from None
+    if not {"model", "ema", "opt", "step", "config", "sums", "logged"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
+    changes = []
+    for name, now in json.loads(json.dumps(trainer.config)).items():  # as the checkpoint holds it: lists, no tuples
+        before, flag = json.loads(json.dumps(checkpoint["config"].get(name))), "--" + name.replace("_", "-")
+        if before != now and name not in TUNABLE:
+            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
+        if before != now:
+            changes.append(f"{flag} {before} -> {now}")
+    load_weights(trainer.net, checkpoint["model"], path)
+    load_weights(trainer.ema, checkpoint["ema"], path)
+    if trainer.projector:
+        load_weights(trainer.projector, checkpoint["projector"], path)
+    trainer.optimizer.load_state_dict(copy.deepcopy(checkpoint["opt"]))  # a copy, rather than the file's mapped memory
+    trainer.optimizer.param_groups[0].update(lr=trainer.args.lr, betas=(0.9, trainer.args.beta2))
+    trainer.sums = {name: torch.tensor(value, device=trainer.device) for name, value in checkpoint["sums"].items()}
+    trainer.logged = checkpoint["logged"]
+    return checkpoint["step"], changes
 
 
 class Stop:
-    """SIGTERM (preemption) and SIGINT (Ctrl-C) end a run after a step that all ranks agree on; a second one, at once.
-
-    Every rank calls `agreed` after every step. Nobody waits: the ranks exchange what they have received over the CPU,
-    while the next step runs.
-    """
+    """Ctrl-C and SIGTERM end the loop after a step that all ranks agree on; a second one, a second later, at once."""
 
     def __init__(self, world):
-        self.received, self.before = 0, {}
+        self.received, self.since = 0, 0.0
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
-        self.shared, self.exchange = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self):
-        # a thread takes the signals: Python's handlers wait for whatever the main thread does outside of Python
-        inbox, self.outbox = socket.socketpair()
-        self.outbox.setblocking(False)
-        self.previous_fd = signal.set_wakeup_fd(self.outbox.fileno())
-        for which in (signal.SIGTERM, signal.SIGINT):
-            self.before[which] = signal.signal(which, lambda *_: None)
-        self.thread = threading.Thread(target=self.receive, args=(inbox,), daemon=True)
-        self.thread.start()
+        self.before = {which: signal.signal(which, self.note) for which in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
         for which, handler in self.before.items():
             signal.signal(which, handler)
-        signal.set_wakeup_fd(self.previous_fd)
-        self.outbox.close()
-        self.thread.join()  # a thread that ends with the interpreter may abort the process
 
-    def receive(self, inbox):
-        with inbox:
-            while which := int.from_bytes(inbox.recv(1), "big"):  # 0: closed
-                if not self.received and which in self.before:
-                    self.received, since = which, time.monotonic()
-                elif which in self.before and time.monotonic() - since > 1:  # launchers repeat at once what all got
-                    os._exit(128 + which)
+    def note(self, which, frame):
+        if not self.received:
+            self.received, self.since = which, time.monotonic()
+        elif time.monotonic() - self.since > 1:  # launchers repeat at once a signal that all processes got
+            os._exit(128 + which)
 
     def agreed(self):
-        """The number of the signal that ends the run with this step, or 0."""
-        if self.group is None:
-            return self.received
-        if self.exchange:
-            self.exchange.wait()
-        agreed = int(self.shared)
-        self.shared.fill_(self.received)
-        self.exchange = dist.all_reduce(self.shared, dist.ReduceOp.MAX, self.group, async_op=True)
-        return agreed
+        """The signal that any rank has received, or 0. The processes wait for each other here, but no GPU does."""
+        received = torch.tensor(self.received)
+        if self.group:
+            dist.all_reduce(received, dist.ReduceOp.MAX, self.group)
+        return int(received)
 
 
-def read_checkpoint(path):
-    """A checkpoint of this file; UserError unless every byte is as it was written, by the checksums of its archive."""
-    checkpoint = load_file(path)
-    if not {"model", "ema", "opt", "step"} <= checkpoint.keys() or not isinstance(checkpoint.get("config"), dict):
-        raise UserError(f"{path}: not a checkpoint of train.py; --resume needs one")
-    if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
-        raise UserError(f"{path}: its step is not a natural number")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except Exception as error:  # zipfile raises whatever the damage causes
-        wrong = first_line(error)
-    if wrong:
-        raise UserError(f"{path}: damaged ({wrong})")
-    return checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
-def job_id():
-    """What tells torchrun's attempts at a job from other jobs."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-
-
-def resume(run, args, rank):
-    """Load what --resume names -> (its step, its path), or (0, None). A damaged latest gives way to the one before."""
-    found = [path for path in (Path(args.out, name) for name in CKPT[:2]) if path.exists()]
-    note, restarts = Path(args.out, ".job"), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    # torchrun --max-restarts: a job that has begun here goes on here; rank 0 decides for all
-    again = [restarts > 0 and note.exists() and note.read_text() == job_id()]
-    if run.world > 1:
-        dist.broadcast_object_list(again, device=run.device)
-    if args.resume != "auto" and not (again[0] and found):
-        found = [] if args.resume == "none" else [Path(args.resume)]
-    for path in found:
-        try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
-            if path == found[-1]:
-                raise
-            if rank == 0:
-                print(f"{error}; going on from {found[-1]}", file=sys.stderr)
-            continue
-        refuse_other(path, checkpoint["config"], run.config)
-        run.load(checkpoint, path)
-        return checkpoint["step"], path
-    return 0, None
-
-
-def save_checkpoint(state, out):
-    """Write the latest checkpoint; the one that was the latest is kept, whatever happens."""
-    latest, previous, new = (out / name for name in CKPT)
-    with atomic(new) as file:
-        torch.save(state, file)
-    read_checkpoint(new)
-    if latest.exists():
-        os.replace(latest, previous)
-    os.replace(new, latest)
-
-
-def prepare_out(out, first, source, size):
-    """Make --out ready: set another run's files aside, and cut a continued run's log where it continues -> the log."""
-    latest, previous, _ = (out / name for name in CKPT)
-    log, spare, entries = out / "log.jsonl", out / "ckpt.aside.pt", []
-    for path in out.glob(CKPT[2] + "*"):  # of a run that was killed while it wrote
-        path.unlink()
-    if source and source.resolve() in (latest.resolve(), previous.resolve()):
-        if source.resolve() != latest.resolve() and latest.exists():
-            os.replace(latest, spare)  # lest the next checkpoint puts it in the place of the good one
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.startswith('{"step": ') and line[-1] == "}"]
-            entries = [entry for entry in map(json.loads, lines) if entry["step"] <= first]
-            with atomic(log) as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
-    elif log.exists() or latest.exists() or previous.exists():
-        aside = next(path for path in (out / f"old{n}" for n in itertools.count(1)) if not path.exists())
-        aside.mkdir()
-        for path in (latest, previous, spare, log, out / "samples", out / "snapshots"):
-            if path.exists():
-                os.replace(path, aside / path.name)
-    (out / "samples").mkdir(exist_ok=True)
-    (out / ".job").write_text(job_id())
-    kept = sum(path.stat().st_size for path in (latest, previous) if path.exists())
-    free = shutil.disk_usage(out).free
-    if free < 3 * size - kept:  # the latest, the one before, and the next while it is written
-        raise UserError(f"--out {out}: {free / 1e9:.1f} GB are free there, and the checkpoints need "
-                        f"{(3 * size - kept) / 1e9:.1f} GB")
-    return entries
-
-
-def picture(run, step, args, out, decode):
-    """A grid of EMA samples, one class a row, and what 64 samples' activations are like after every block."""
-    data, device = run.data, run.device
-    rows = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int)
-    labels = run.labels(torch.from_numpy(rows.repeat(8)))
-    images = generate(run.ema, run.objective, data.shape, labels, range(len(labels)), args.seed, device, run.dtype,
-                      decode, steps=1 if run.objective_name == "meanflow" else 25)
-    grid = out / "samples" / f"{step:07d}.png"
-    save_grid(images.numpy(), grid, columns=8)
-
-    count, generator = min(64, len(data)), stream(args.seed, 0, "probe", device)
-    entries = np.linspace(0, len(data) - 1, count).astype(int)  # of all classes: a cache is sorted by class
-    images, labels = (tensor.to(device) for tensor in data.read(entries, np.zeros(count, bool))[:2])
-    times = run.objective.times(count, generator)
-    noise = torch.randn(count, *data.shape, generator=generator, device=device)
-    with torch.no_grad(), run.autocast():
-        _, activations = run.objective.loss(run.ema, data.prepare(images, 0.0), run.labels(labels),
-                                            times[0] if isinstance(times, tuple) else times, noise,
-                                            blocks=range(1, len(run.net.blocks) + 1))
-    measures = dict(block_distance=mean_distance, block_rank=effective_rank,
-                    block_norm=lambda z: z.float().square().mean())
-    return grid, {name: [float(f"{f(z).item():.6g}") for z in activations] for name, f in measures.items()}
+def flops_per_image(args, shape):
+    """Floating-point operations of a training step for one image (C, H, W), in all views: forward and backward."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build_model(args.model, in_channels=shape[0], input_size=shape[-1])
+        net(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return (2 if args.contrastive else 1) * 3 * counter.get_total_flops()  # backward takes twice what forward takes
 
 
 def train(args, data, held_out, rank, world, device):
-    run, out = Trainer(args, data, rank, world, device), Path(args.out)
-    decode = None if data.pixels else VAE(args.vae or data.vae).to(device if rank == 0 else "cpu").decode
+    out, trainer = Path(args.out), Trainer(args, data, rank, world, device)
+    decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
     steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        run.lock = lock(out)
+        with naming(out):
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            (out / "snapshots").mkdir(exist_ok=True)
+        trainer.lock = lock(out / ".lock")
     barrier()
-    first, source = resume(run, args, rank)
-    run.check_ranks(first)
-    past = prepare_out(out, first, source, 16 * sum(p.numel() for p in run.weights)) if rank == 0 else []
-    barrier()
-    floor = dispersive_floor(args.disp, run.group, args.disp_tau, args.disp_margin) if run.blocks else 0.0
-
-    def say(text):
-        if rank == 0:
-            print(text, flush=True)
-
-    board = None
-    if args.wandb and rank == 0:
+    first, changes = resume(trainer)
+    ends = torch.tensor([first, -first], device=device)  # the greatest of each are opposite if all are equal
+    if world > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends.sum() != 0:
+        raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
+    log, board = out / "log.jsonl", None
+    if rank == 0 and log.exists():  # what lies beyond the checkpoint will be logged again
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        with atomic(log) as file:
+            file.write("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first).encode())
+    if rank == 0 and args.wandb:
         import wandb
-        board = wandb.init(project="dispersive", dir=str(out), config=run.config)
+        board = wandb.init(project="dispersive", dir=str(out), config=trainer.config)
 
-    def record(**values):
+    def report(step, **values):
+        """Show values, and add them to the log."""
         if rank == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+            show = lambda value: value if isinstance(value, str) else " ".join(f"{v:.4g}" for v in np.ravel(value))
+            text = "  ".join(f"{name} {show(value)}" for name, value in values.items())
+            print(f"step {step:,}/{steps:,}  {text}", flush=True)
+            with naming(log), open(log, "a") as file:
+                file.write(json.dumps(dict(step=step, **values)) + "\n")
             if board:
-                board.log(values, step=values["step"])
+                board.log(values, step=step)
 
-    def show(done):
-        if rank == 0 and (done % args.sample_every == 0 or done == steps):
-            grid, measures = picture(run, done, args, out, decode)
-            record(step=done, **measures)
-            say(f"step {done:,}: {grid}; distance after each block "
-                + " ".join(f"{d:.3g}" for d in measures["block_distance"]))
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    say(f"model   {args.model}, {sum(p.numel() for p in run.net.parameters()) / 1e6:.1f}M parameters, "
-        f"objective {run.objective_name}{run.origin}")
-    say(f"data    {data.name}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} classes"
-        + ("" if data.mirrors else ", without flips: --repa holds no features of mirror images"))
-    say(f"device  {world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}")
-    say(f"batch   {args.batch} = {world} rank(s) x {run.share // run.micro} pass(es) x {run.micro}; {steps:,} steps, "
-        f"{steps * args.batch / len(data):.1f} epochs" + (f", continued from step {first:,}" if first else ""))
-    about = f"groups of {run.group}" + (f", {args.contrastive} views" if args.contrastive else f", floor {floor:.3f}")
-    say(f"loss    + {args.disp_weight} x {args.disp}, block {','.join(map(str, run.blocks))}, {about}" if run.blocks
-        else "loss    without dispersion")
-
-    sums, logged = 0.0, first
-    started = shown = time.time()
+    losses = trainer.losses.module if world > 1 else trainer.losses
+    if rank == 0:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        shape, passes = "x".join(map(str, data.shape)), trainer.share // trainer.micro
+        print(f"{args.model}, {args.objective}, --disp {args.disp} on blocks {losses.blocks}\n"
+              f"{data.name}: {len(data):,} of {shape}, {len(data.classes)} classes"
+              f"{'' if data.mirrors else ', no flips: --repa lacks the features of mirror images'}\n"
+              f"{world} x {name}, {args.dtype}{', compiled' if trainer.compiled else ''}; {steps:,} steps, "
+              f"{steps * args.batch / len(data):.1f} epochs; batch {args.batch} = {world} rank(s) x {passes} x "
+              f"{trainer.micro}", flush=True)
+    if changes:
+        report(first, changed=", ".join(changes))
+    floor = {}
+    if losses.blocks and not args.contrastive:
+        floor["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
+    flops = flops_per_image(args, data.shape) / world
+    began = since = time.time()  # `since` moves on with every line of the log, and by the time that is not training's
+    todo = range(first, steps)
     with Stop(world) as stop:
-        if first and not any(entry["step"] == first and "block_distance" in entry for entry in past):
-            show(first)  # the run ended before it could
-        for step, *batch in batches(data, first, steps, args.batch, run.mine, args.seed, device):
-            done = step + 1
-            is_log = done % args.log_every == 0 or done == steps
-            values = run.step(step, *batch, with_distance=is_log)
-            sums = sums + values[:-1]
-            stopped_by = stop.agreed()
-            is_ckpt = done % args.ckpt_every == 0 or done == steps or stopped_by
-            is_snapshot = args.snapshot_every and done % args.snapshot_every == 0
-            if is_log or is_ckpt or is_snapshot:
-                run.check()
-            if is_log:
-                means = [sums / (done - logged), values[-1:]]
-                means = torch.cat(means)
-                if world > 1:
-                    dist.all_reduce(means)
-                means = dict(zip([*run.terms, "distance"], (means / world).tolist()))
+        for step, batch in zip(todo, batches(data, todo, args.batch, trainer.mine, args.seed, device)):
+            trainer.update(step, *batch)
+            done, stopped_by = step + 1, stop.agreed()
+            due = lambda every: every and (done % every == 0 or done == steps)
+            is_ckpt = due(args.ckpt_every) or stopped_by
+            if not (is_ckpt or due(args.log_every) or due(args.sample_every) or due(args.snapshot_every)):
+                continue
+
+            # what is due comes before the checkpoint: a run that is killed goes on from there
+            sums = trainer.means(trainer.sums)
+            if not all(map(math.isfinite, sums.values())):
+                raise UserError(f"steps {trainer.logged + 1:,} to {done:,}: the loss or the gradient is not finite; no "
+                                f"checkpoint has it: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
+            if due(args.log_every):
                 now = time.time()
-                rate = (done - logged) * args.batch / (now - shown)
-                left = (steps - done) * (now - started) / (done - first)
-                sums, logged, shown = 0.0, done, now
-                if not run.blocks:
-                    del means["distance"]
-                elif not args.contrastive:
-                    means["floor"] = floor
-                record(step=done, **means, images_per_second=rate, seconds=now - started)
-                text = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-                say(f"step {done:,}/{steps:,}  {text}  {rate:,.1f} images/s  {clock(left)} left")
+                rate = (done - max(trainer.logged, first)) * args.batch / (now - since)
+                speed = {"images/s": rate, "TFLOP/s": rate * flops / 1e12, "seconds": now - began}
+                if device.type == "cuda":
+                    speed["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+                means = {name: value / (done - trainer.logged) for name, value in sums.items()}
+                report(done, **means, **floor, **speed, left=clock((steps - done) * args.batch / rate))
+                trainer.sums, trainer.logged, sums, since = {}, done, {}, now
             paused = time.time()
             if held_out and is_ckpt:
-                val = run.validate(held_out, rank)
-                record(step=done, val=val)
-                say(f"step {done:,}: held-out loss {val:.4f}")
-            if is_snapshot and rank == 0:
-                (out / "snapshots").mkdir(exist_ok=True)
+                report(done, val=trainer.validate(held_out))
+            if rank == 0 and due(args.sample_every):
+                report(done, **trainer.picture(out / "samples" / f"{done:07d}.png", decode))
+            if rank == 0 and due(args.snapshot_every):
                 with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
-                    torch.save(dict(ema=run.ema.state_dict(), step=done, config=run.config), file)
-            if is_ckpt:  # last: what is due at a step before would be missing from a run that goes on from here
-                run.check_ranks(done)
-                if rank == 0:
-                    save_checkpoint(run.state(done), out)
+                    torch.save(dict(ema=trainer.ema.state_dict(), step=done, config=trainer.config), file)
+            if rank == 0 and is_ckpt:
+                save_checkpoint(trainer, done, sums)
+            since += time.time() - paused
             if stopped_by:
                 barrier()
-                say(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; --resume auto, the default, goes on")
+                if rank == 0:
+                    print(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command goes on")
                 sys.exit(128 + stopped_by)
-            show(done)
-            shown += time.time() - paused  # images/s counts training alone
-    if first >= steps:
-        say(f"{source} is at step {first:,} already: nothing to train; more with --steps")
-
-
-class Stopwatch:
-    """Marks the ends of a step's phases; on a GPU by events, for which the host need not wait."""
-
-    def __init__(self, device):
-        self.gpu, self.steps = device.type == "cuda", []
-
-    def __call__(self, phase):
-        moment = torch.cuda.Event(enable_timing=True) if self.gpu else time.perf_counter()
-        if self.gpu:
-            moment.record()
-        if phase == "start":
-            self.steps.append([])
-        self.steps[-1].append((phase, moment))
-
-    def seconds(self):
-        """{phase: seconds} of every step."""
-        if self.gpu:
-            torch.cuda.synchronize()
-        table = []
-        for marks in self.steps:
-            table.append(dict.fromkeys((phase for phase, _ in marks[1:]), 0.0))
-            for (_, begin), (phase, end) in zip(marks, marks[1:]):
-                table[-1][phase] += begin.elapsed_time(end) / 1000 if self.gpu else end - begin
-        return table
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s of large square matrix products, the median of some."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, watch = torch.randn(n, n, device=device, dtype=dtype), Stopwatch(device)
-    for _ in range(12):
-        watch("start")
-        a @ a
-        watch("product")
-    return 2 * n ** 3 / np.median([step["product"] for step in watch.seconds()[2:]])
-
-
-def bench(args, data, rank, world, device):
-    """Time --bench steps without dispersion, with it as the flags say, and on all blocks, in turn; print a table."""
-    begin, run = time.perf_counter(), Trainer(args, data, rank, world, device)
-    watch = run.mark = Stopwatch(device)
-    names = ["none", f"{args.disp}, block {','.join(map(str, run.blocks))}", f"{args.disp}, all"]
-    variants = [copy.copy(run) for _ in names[:3 if run.blocks else 1]]
-    for variant, blocks in zip(variants, [[], run.blocks, range(1, len(run.net.blocks) + 1)]):
-        variant.choose_blocks([*blocks])
-    warm, count = 3 * len(variants), len(variants) * args.bench
-    watch("start")
-    for step, *batch in batches(data, 0, warm + count, args.batch, run.mine, args.seed, device):
-        watch("data")
-        variants[step % len(variants)].step(step, *batch)
-        if step + 1 == warm:
-            watch.seconds()  # waits for the device
-            ready = time.perf_counter() - begin
-        watch("start")
-    table = watch.seconds()[warm:-1]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = build_model(args.model, **{name: run.config[name] for name in ("input_size", "in_channels")})
-        net(torch.empty(1, *data.shape), torch.empty(1), torch.empty(1, dtype=torch.long))
-    needed = 3 * counter.get_total_flops()  # an image's forward and, twice as much, backward
-    rate = matmul_rate(device, torch.bfloat16 if run.dtype == "bf16" else torch.float32)
-    if rank > 0:
-        return
-    times = [np.array([sum(step.values()) for step in table[i::len(variants)]]) for i in range(len(variants))]
-    rows = {"images/s": [f"{args.batch / np.median(t):,.1f}" for t in times],
-            "FLOP/s, of a matmul's": [f"{needed * args.batch / world / np.median(t) / rate:.1%}" for t in times],
-            "dispersion's share": [f"{np.median(t - times[0]) / np.median(t):+.2%}" for t in times],
-            "step, ms": [f"{1e3 * np.median(t):,.1f}" for t in times]}
-    for phase in table[0]:
-        rows["- " + phase] = [f"{1e3 * np.median([step[phase] for step in table[i::len(variants)]]):,.2f}"
-                              for i in range(len(variants))]
-    name = torch.cuda.get_device_name(device) if run.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        import resource  # not on Windows
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{args.model}, {run.objective_name}, {'x'.join(map(str, data.shape))}, batch {args.batch}, passes of "
-          f"{run.micro}, {world} x {name}, {run.dtype}{', compiled' if run.compiled else ''}, torch "
-          f"{torch.__version__}: medians of {args.bench} steps\n")
-    for label, cells in {"dispersion": names[:len(variants)], "---": ["---"] * len(variants), **rows}.items():
-        print(f"| {label} | {' | '.join(cells)} |")
-    print(f"\n{needed / 1e9:,.1f} GFLOP an image (one view, forward and backward); matmul {rate / 1e12:,.2f} "
-          f"TFLOP/s; ready after {ready:.1f} s with {warm} warm-up steps; peak memory {peak / 1e9:.2f} GB a rank")
+    if first >= steps and rank == 0:
+        print(f"{out} is at step {first:,} already: nothing to train; more with --steps")
 
 
 @command
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.images and not args.data:
-        raise UserError("--images needs --data DIR, where the cached arrays go")
-    if args.cache_only and not args.images:
-        raise UserError("--cache-only needs --images FOLDER")
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        raise UserError("--wandb: the wandb package is not installed")
-    if args.model not in MODELS:
-        raise UserError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
-    if args.contrastive and args.disp == "none":
-        raise UserError("--contrastive needs a --disp other than none")
     rank, world, device = start()
     if args.images:
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
-    if args.data:
-        data = Data.open(args.data)
-    elif args.bench:
-        latents = np.random.default_rng(0).random((1024, 2, 8, 32, 32), np.float32).astype(np.float16)
-        data = Data("random latents", latents, np.arange(1024) % 1000, list(map(str, range(1000))), "ema")
-    else:
-        data = Data("drawn demo", *demo_data())
+    data = Data.open("--data", args.data) if args.data else Data("drawn demo", *demo_data())
+    if data.shape[-1] % MODELS[args.model]["patch_size"]:
+        raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     if args.repa:
         data.add_features(args.repa, (data.shape[-1] // MODELS[args.model]["patch_size"]) ** 2)
-    if args.bench:
-        return bench(args, data, rank, world, device)
-    held_out = Data.open(args.val) if args.val else None
+    held_out = Data.open("--val", args.val) if args.val else None
     if held_out and (held_out.shape, held_out.classes) != (data.shape, data.classes):
         raise UserError(f"--val {args.val}: its shape or classes differ from the training data's")
+    if args.label_dropout == 1:
+        for part in filter(None, (data, held_out)):
+            part.labels = np.full_like(part.labels, len(data.classes))  # the null label
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --out {args.out}/generated")
