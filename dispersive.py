@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Losses. This section can be pasted alone into other code: it needs only `import math` and `import torch`.
 
 KINDS = ("infonce", "cosine", "hinge", "covariance")
@@ -27,7 +27,7 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     group: compare only so many consecutive samples, and average over groups (default: all; in the paper 16).
     Returns a scalar to add to the loss, times 0.5 in the paper. ValueError for unknown kinds and single samples.
     """
-    check_kind(kind)
+    check_known(kind, "kind", KINDS)
     z = split_groups(z, group)
     if kind == "covariance":
         z = standardize(z)
@@ -35,8 +35,7 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     D = distances(z, z, kind)
     if kind == "hinge":
         return (margin - D).relu().square().mean()
-    log_sum = (-D / tau).logsumexp((-2, -1))
-    return log_sum.mean() - math.log(D.shape[-2] * D.shape[-1])
+    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D.shape[-2] * D.shape[-1])
 
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
@@ -47,7 +46,7 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
         "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C the correlations between views:
                               Barlow Twins (Zbontar et al. 2021), with means where that has sums
     """
-    check_kind(kind)
+    check_known(kind, "kind", KINDS)
     if z.shape != z_pos.shape:
         raise ValueError(f"the two views differ in shape: {tuple(z.shape)} and {tuple(z_pos.shape)}")
     z, z_pos = split_groups(z, group), split_groups(z_pos, group)
@@ -103,9 +102,9 @@ def effective_rank(z, group=None):
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
 
-def check_kind(kind):
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
+def check_known(name, what, known):
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
 
 
 def split_groups(z, group):
@@ -113,7 +112,7 @@ def split_groups(z, group):
     n = len(z) if group is None else group
     if n < 2:
         raise ValueError(f"dispersion compares samples: it needs at least 2 in a group, got {n}")
-    if len(z) % n or not z.numel():
+    if len(z) % n:
         raise ValueError(f"cannot split activations of shape {tuple(z.shape)} into groups of {n} samples")
     return z.reshape(len(z) // n, n, -1).to(torch.promote_types(z.dtype, torch.float32))
 
@@ -155,7 +154,7 @@ def mean_off_diagonal(a, b):
     return (everything - diagonal) / (dim * (dim - 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Transformer. Parameter names and initialisation are those of the published DiT and SiT, so that weights interchange.
 
 
@@ -205,33 +204,35 @@ class Mlp(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 
+def norm(x):
+    """Layer norm over the channels, without weights."""
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
 class Block(nn.Module):
     """Transformer block with adaptive layer norm: the condition c shifts, scales and gates both residual branches."""
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, -1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(norm(x) * (1 + scale) + shift)
 
 
 class DiT(nn.Module):
@@ -251,10 +252,11 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.x_embedder, self.y_embedder = nn.Module(), nn.Module()  # for the published names of the two layers in them
+        self.x_embedder = nn.Module()  # only to give the layer in it its published name, as y_embedder below
         self.x_embedder.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
+        self.y_embedder = nn.Module()
         self.y_embedder.embedding_table = nn.Embedding(num_classes + self.has_null_label, hidden_size)
         self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -267,8 +269,7 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view; treats the convolution as a linear layer
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
@@ -283,7 +284,6 @@ class DiT(nn.Module):
         r: the second time (B,) of a model that has one; by default it is t.
         blocks: numbers of blocks, counted from 1. When any are named the result is (output, [activations
             (B, T, hidden_size) after each of those blocks, in ascending order]).
-        ValueError for images, an r, or blocks that the model is not made for.
         """
         B, size, p = len(x), self.input_size, self.patch_size
         if x.shape[1:] != (self.in_channels, size, size):
@@ -316,12 +316,11 @@ MODELS = {f"{family}-{size}/{patch}": dict(hidden_size=width, depth=depth, num_h
 
 def build_model(name, **overrides):
     """A DiT of one of the MODELS (XS is ours, for small experiments), with any of DiT's arguments overridden."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    check_known(name, "model", MODELS)
     return DiT(**{**MODELS[name], **overrides})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Objectives: what to regress in training, and how to integrate it in sampling
 
 
@@ -330,23 +329,25 @@ def per_sample(error):
     return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).mean(1)
 
 
-def predict(model, x, t, y, position, cfg, interval, channels):
-    """The model's output at its time t, a number; its first channels guided if SiT's time `position` is in interval."""
+def null_labels(model, y):
+    if not model.has_null_label:
+        raise ValueError("guidance needs the null label: build the model with class_dropout_prob > 0")
+    return torch.full_like(y, model.num_classes)
+
+
+def predict(model, x, t, y, sit_time, cfg, interval, channels):
+    """The model's output at time t, a number; its first `channels` are guided where sit_time lies in the interval."""
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    if cfg == 1 or not interval[0] <= position <= interval[1]:
+    if cfg == 1 or not interval[0] <= sit_time <= interval[1]:
         return model(x, t, y).to(x.dtype)
-    null = torch.full_like(y, model.num_classes)
-    out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
     cond, uncond = out.to(x.dtype).chunk(2)
     guided = uncond + cfg * (cond - uncond)
     return torch.cat([guided[:, :channels], cond[:, channels:]], 1)
 
 
-def check_sampling(objective, model, noise, method, cfg=1, cfg_channels=None):
-    if method not in objective.methods:
-        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(objective.methods)}")
-    if cfg != 1 and not model.has_null_label:
-        raise ValueError("guidance needs the null label: build the model with class_dropout_prob > 0")
+def check_sampling(objective, noise, method, cfg_channels=None):
+    check_known(method, "method", objective.methods)
     if cfg_channels is not None and not 1 <= cfg_channels <= noise.shape[1]:
         raise ValueError(f"cfg_channels {cfg_channels}: expected a number from 1 to {noise.shape[1]}")
 
@@ -381,12 +382,11 @@ class FlowMatching:
             last interval 0.04 long and without noise; noise_fn(k) gives step k's noise.
         cfg: scale of classifier-free guidance (Ho & Salimans 2022), for t in cfg_interval, on the first cfg_channels
             channels (default: all; the published DiT and SiT code guides 3 of 4).
-        ValueError for a method or guidance that is not possible.
         """
-        check_sampling(self, model, noise, method, cfg, cfg_channels)
+        check_sampling(self, noise, method, cfg_channels)
         x, channels = noise, noise.shape[1]
-        guidance = dict(cfg=cfg, interval=cfg_interval, channels=cfg_channels or channels)
-        velocity = lambda x, t: predict(model, x, t, y, t, **guidance)[:, :channels]
+        guidance = cfg, cfg_interval, cfg_channels or channels
+        velocity = lambda x, t: predict(model, x, t, y, t, *guidance)[:, :channels]
         times = [k / steps for k in range(steps + 1)]
         if method == "sde":
             times = [0.96 * k / max(1, steps - 1) for k in range(steps)] + [1.0]
@@ -501,12 +501,12 @@ class GaussianDiffusion:
         The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds t = 1 / (1 + sigma),
         the time at which SiT's path has the same signal-to-noise ratio.
         """
-        check_sampling(self, model, noise, method, cfg, cfg_channels)
+        check_sampling(self, noise, method, cfg_channels)
         x, channels, numbers = noise, noise.shape[1], self.spaced(steps, method)
         abar = self.abar[numbers]
         chain, sigma = chain_constants(abar, x.device), (1 / abar - 1).sqrt().tolist()
-        guidance = dict(cfg=cfg, interval=cfg_interval, channels=cfg_channels or channels)
-        output = lambda x, k: predict(model, x, numbers[k], y, 1 / (1 + sigma[k]), **guidance).split(channels, 1)
+        guidance = cfg, cfg_interval, cfg_channels or channels
+        output = lambda x, k: predict(model, x, numbers[k], y, 1 / (1 + sigma[k]), *guidance).split(channels, 1)
 
         def euler(x, k, eps):  # from step k to k - 1, or to the data; hypot(1, sigma) is 1 / sqrt(abar)
             end = sigma[k - 1] if k > 0 else 0.0
@@ -574,7 +574,7 @@ class MeanFlow:
         """The MeanFlow identity, eq. 6 of the paper: u = v + (r - t) * du/dt along the path, with r held fixed."""
         channels = x_t.shape[1]
         if (self.omega, self.kappa) != (1, 0):
-            null = torch.full_like(y, net.num_classes)
+            null = null_labels(net, y)
             twice = torch.cat([t, t])
             out = net.forward(torch.cat([x_t, x_t]), twice, torch.cat([y, null]), twice)
             cond, uncond = out[:, :channels].chunk(2)
@@ -597,9 +597,9 @@ class MeanFlow:
 
         ValueError for cfg other than 1. The others of FlowMatching.sample's arguments have no effect.
         """
-        check_sampling(self, model, noise, method)
+        check_sampling(self, noise, method)
         if cfg != 1:
-            raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, through omega and kappa, not in sampling")
+            raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, by omega and kappa, not here")
         x = noise
         for k in range(steps):
             t = torch.full((len(x),), k / steps, dtype=torch.float32, device=x.device)
