@@ -699,7 +699,7 @@ def train(args, data, held_out, rank, world, device):
         floor["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
     flops = flops_per_image(args, data.shape) / world
     began = since = time.time()  # `since` moves on with every line of the log, and by the time that is not training's
-    todo = range(first, steps)
+    todo, done = range(first, steps), first
     with Stop(world) as stop:
         for step, batch in zip(todo, batches(data, todo, args.batch, trainer.mine, args.seed, device)):
             trainer.update(step, *batch)
@@ -735,10 +735,13 @@ def train(args, data, held_out, rank, world, device):
                 save_checkpoint(trainer, done, sums)
             since += time.time() - paused
             if stopped_by:
-                barrier()
-                if rank == 0:
-                    print(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command goes on")
-                sys.exit(128 + stopped_by)
+                break
+        stopped_by = stop.agreed()  # also what came during the last step
+    if stopped_by:
+        barrier()
+        if rank == 0:
+            print(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command goes on")
+        sys.exit(128 + stopped_by)
     if first >= steps and rank == 0:
         print(f"{out} is at step {first:,} already: nothing to train; more with --steps")
 
