@@ -86,7 +86,9 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
 @torch.no_grad()
 def mean_distance(z, group=None):
     """Mean of |z_i - z_j|^2 / dim over all pairs i != j of samples of z (B, ...), a scalar tensor."""
-    return 2 * split_groups(z, group).var(-2).mean()  # the unbiased variance is half the mean over pairs
+    z = split_groups(z, group)
+    squares = (z - z.mean(-2, keepdim=True)).square().sum(-2)
+    return 2 * squares.mean() / (z.shape[-2] - 1)  # twice the unbiased variance
 
 
 @torch.no_grad()
@@ -130,7 +132,7 @@ def distances(a, b, kind):
         return -inner_products(normalize(a, dim=-1), normalize(b, dim=-1))
     # |a|^2 + |b|^2 - 2ab loses its digits when all rows are far from zero, and a common shift changes no distance
     shift = b.mean(-2, keepdim=True).detach()
-    a, b = a - shift, b - shift
+    a, b = (a - shift,) * 2 if a is b else (a - shift, b - shift)  # the same is shifted once
     squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
     return (squares - 2 * inner_products(a, b)) / a.shape[-1]
 
