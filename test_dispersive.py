@@ -747,7 +747,10 @@ def nearly_same(a, b, *names):
     for which in ("model", "ema"):
         there = weights(b, which)
         for name, value in weights(a, which).items():
-            assert (value - there[name]).abs().max() <= 1e-4, name
+            difference = (value - there[name]).abs()
+            if name.endswith("qkv.bias"):  # softmax cancels the keys' bias: its gradient is pure rounding, which Adam
+                difference.chunk(3)[1].zero_()  # scales up to whole steps
+            assert difference.max() <= 1e-4, name
 
 
 def caching(images, data):
