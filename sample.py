@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
 import time
@@ -386,7 +385,7 @@ def rename_attention(state):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the three command lines share
+# What the three command lines share: errors, processes, progress, and files
 
 
 class UserError(ValueError):
@@ -424,37 +423,26 @@ def command(main):
     def wrapped(argv=None):
         try:
             main(argv)
-            barrier()  # the other ranks may still need this one
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            return
-        except UserError as error:
-            name = Path(sys.argv[0]).stem if main.__module__ == "__main__" else main.__module__
-            line, code = f"{name}: error: {error}", 2
-        except KeyboardInterrupt:
-            line, code = "interrupted", 130
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            time.sleep(5 + rank)  # torchrun stops every rank when one exits: the lowest rank in trouble speaks
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
-        sys.exit(code)
+        except (UserError, KeyboardInterrupt) as error:
+            rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
+            time.sleep(5 + rank if rank else 0)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
+            print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
+            sys.exit(2 if isinstance(error, UserError) else 130)
+        barrier()  # the other ranks may still need this one
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return wrapped
 
 
 def start(device=None):
     """Pick CUDA, else MPS, else CPU, and join torchrun's process group -> (rank, number of ranks, device)."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    alone = "RANK" not in os.environ
-    mps = torch.backends.mps.is_available() and alone  # which cannot exchange tensors
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank if device.index is None else device.index)
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
-    if device.type == "cpu" and local_world > 1:
-        torch.set_num_threads(max(1, cpu_cores() // local_world))  # torchrun gives each rank one thread
+    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), "RANK" not in os.environ
+    mps = torch.backends.mps.is_available() and alone  # MPS cannot exchange tensors
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
+    gpu = device.type == "cuda"
+    if gpu:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
     # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
@@ -462,7 +450,6 @@ def start(device=None):
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=PATIENCE,
                             rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
@@ -495,22 +482,27 @@ class Progress:
         if self.quiet or not last and now - self.shown < (0.2 if live else 20):
             return
         self.shown, rate = now, self.done / max(now - self.begin, 1e-9)
-        time_left = "done in " + clock(now - self.begin) if last else clock((self.total - self.done) / rate) + " left"
-        line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {time_left}"
+        left = clock((self.total - self.done) / rate)
+        line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {left} left"
         print(f"\r{line:<79}" if live else line, end="" if live and not last else "\n", file=sys.stderr, flush=True)
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 @contextlib.contextmanager
-def naming(path):
-    """Turn an error of the file system into a UserError that names this path."""
+def naming(path, what=None, damaged=UserError):
+    """Turn an error of the file system into a UserError that names this path.
+
+    Where a file of the kind `what` is read, whatever its decoder raises becomes an error, too: of the class `damaged`.
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:
+        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
+        if getattr(disk, "errno", None):  # decoders raise OSErrors, too, but without a number
+            raise UserError(f"{path}: {disk.strerror}") from None
+        if what is None:
+            raise
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch's second sentence tells how to run a hostile file
+        raise damaged(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
 
 
 @contextlib.contextmanager
@@ -518,18 +510,14 @@ def atomic(path):
     """Open a temporary file that replaces `path`, flushed to disk, when the block ends without an error."""
     part = Path(f"{path}.tmp")
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
+        with naming(path):
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
-        if isinstance(disk, OSError):
-            reason = disk.strerror or disk
-            raise UserError(f"{path}: cannot be written ({reason}); what was there before is whole") from None
-        raise
 
 
 def lock(path):
@@ -552,8 +540,7 @@ def fetch(url, flag, sha256=None, name=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"cannot download {url} ({first_line(error)}): put the file at {path}, "
-                            f"or name it with {flag} FILE") from None
+            raise UserError(f"cannot download {url} ({error}): put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
 
@@ -561,44 +548,33 @@ def fetch(url, flag, sha256=None, name=None):
 def load_file(path):
     """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for a pickle that would run code.
 
-    Rank 0 compares the checksums in a torch file; .safetensors and torch files from before torch 1.6 have none.
+    Rank 0 compares a torch file's checksums; .safetensors files and those from before torch 1.6 have none.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
+    with naming(path, "weights file"):
+        zipped = zipfile.is_zipfile(path)
+        if zipped and os.environ.get("RANK", "0") == "0" and (wrong := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {wrong} is wrong")
         if Path(path).suffix == ".safetensors":
             state = load_safetensors(path)
         else:
-            zipped = zipfile.is_zipfile(path)
-            if zipped and os.environ.get("RANK", "0") == "0" and (wrong := zipfile.ZipFile(path).testzip()):
-                raise ValueError(f"the checksum of {wrong} is wrong")
-            with torch.serialization.safe_globals([argparse.Namespace]):  # which holds the flags in published files
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in published files
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in weights_in(state).items()):
-            raise ValueError("it holds no state dict, which maps names to tensors")
-        return state
-    except Exception as error:  # the decoders raise whatever the damage causes
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch's message tells how to run it nevertheless
-            reason = "its pickle is damaged or would run code"
-        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+            raise ValueError("it holds no dict of tensors")
+    return state
 
 
 def load_safetensors(path):
     """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON, {name: {dtype, shape,
     data_offsets}}), and the tensors' bytes, where the offsets point."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64}
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = bytearray(file.read())
     header.pop("__metadata__", None)
-    data, tensors = np.memmap(path, np.uint8, "r", offset=8 + length), {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        content = torch.from_numpy(np.array(data[begin:end]))
-        tensors[name] = content.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    return {name: torch.frombuffer(data, dtype=dtypes[entry["dtype"]], offset=entry["data_offsets"][0],
+                                   count=math.prod(entry["shape"])).reshape(entry["shape"])
+            for name, entry in header.items()}
 
 
 def weights_in(checkpoint):
@@ -608,10 +584,9 @@ def weights_in(checkpoint):
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict into a module; UserError names the first tensor that is missing, unexpected or misshapen."""
-    found, expected = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
-                       for tensors in (state, module.state_dict()))
-    for name in sorted(found.keys() | expected.keys()):
-        have, want = found.get(name, "nothing"), expected.get(name, "nothing")
+    expected = module.state_dict()
+    for name in sorted({*state, *expected}):
+        have, want = (tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (state, expected))
         if have != want:
             raise UserError(f"{path}: {name} is {have} where {want} is expected")
     module.load_state_dict(state, assign=assign)
@@ -619,25 +594,19 @@ def load_weights(module, state, path, assign=False):
 
 def read_json(path):
     """The dict in a JSON file."""
-    try:
+    with naming(path, "description"):
         return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable description ({first_line(error)})") from None
 
 
 def open_array(path):
     """A .npy file, memory-mapped and never unpickled."""
-    try:
+    with naming(path, "array"):
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy raises whatever the damage causes
-        raise UserError(f"{path}: not a readable array ({first_line(error)})") from None
 
 
 def list_images(folder):
     """Sorted paths of the images in a folder and below, by Pillow's file extensions; hidden ones are left out.
-
-    Links are followed, but a folder that is reached several times counts once.
-    """
+    Links are followed, but a folder that is reached several times counts once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
 
@@ -658,19 +627,14 @@ def list_images(folder):
 def read_image(path):
     """One image file as RGB; UnreadableImage for what is damaged, no image, or a decompression bomb.
 
-    As in ADM, a rotation noted in EXIF and transparency are ignored. 16-bit grey is divided by 257; floats, whose range
-    nobody knows, are unreadable.
+    As in ADM, transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("its pixels are floats")
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-                image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever the damage causes; the disk's errors have a number
-        kind = UserError if getattr(error, "errno", None) else UnreadableImage
-        raise kind(f"{path}: not a readable image ({first_line(error)})") from None
+    with naming(path, "image", UnreadableImage), Image.open(path) as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats")
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255 instead of dividing by 257
+            image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def center_crop(image, size):

@@ -1182,7 +1182,7 @@ def whole(photos, tmp_path_factory):
     (2, 143, "SIGTERM: saved at step [34]", partial(in_step, 2, partial(send, signal.SIGTERM), 1)),
     (1, 2, "step.* 3:.* not finite.*--lr", partial(in_step, 2, partial(sick, "gradient"))),
     (2, 2, "step.* 3:.* not finite.*--lr", partial(in_step, 2, partial(sick, "loss"), 1)),
-    (1, 2, "ckpt.* cannot be written .File too large.; what was there before is", partial(in_step, 3, disk_full))])
+    (1, 2, "ckpt.*: File too large", partial(in_step, 3, disk_full))])
 def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, code, said, fault, base, whole):
     args, reference = [*whole[0], "run"], whole[1]
     assert ends(launch(*args, ranks=ranks, fault=fault)) == [code] * ranks
@@ -1336,7 +1336,7 @@ def test_ranks_that_do_not_share_the_folder_do_not_start(base):
 BAD_FLAGS = [
     ("--disp-blocks 9", "--disp-blocks 9: expected 'all' or numbers from 1 to 8"), ("--lr nan", "--lr: "),
     ("--disp-blocks \u00b2", "--disp-blocks \u00b2: expected"), ("--repa nowhere.npy", "nowhere.npy: "),
-    ("--model SiT-M/2", "--model SiT-M/2: expected one of SiT-XS/2"), ("--init nowhere.pt", "nowhere.pt: no such file"),
+    ("--model SiT-M/2", "--model SiT-M/2: expected one of SiT-XS/2"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "--batch 40, --micro 40 and --disp-group 16 do not fit 1 rank(s)"), ("--micro 12", "--micro 12"),
     ("--images nowhere", "--images needs --data"), ("--images nowhere --data x", "nowhere: "),
     ("--batch 0", "--batch: "), ("--data nowhere", "--data nowhere: no labels.npy"), ("--stepz 3", "--stepz"),
@@ -1622,7 +1622,7 @@ def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(sampling, tmp_pa
     (["--classes", "2"], "--classes 2: expected names of classes, or numbers from 0 to 1"),
     (["--method", "rk4"], "--method rk4: expected one of heun, euler, sde for flow"),
     (["--cfg-interval", "0.8", "0.2"], "must not decrease"), (["--cfg-channels", "4"], "exceed the model's channels"),
-    (["--ckpt", "nowhere.pt"], "nowhere.pt: no such file"), (["--out", "/proc/x/y.npz"], "/proc/x/y.npz."),
+    (["--ckpt", "nowhere.pt"], "nowhere.pt: No such file"), (["--out", "/proc/x/y.npz"], "/proc/x/y.npz."),
     (["--steps", "1001", "--ckpt", "diffusion"], "--steps 1001: "),
     (["--cfg", "2", "--ckpt", "meanflow"], "--cfg 2: ")])
 def test_bad_flags_are_found_before_any_work(args, words, ckpts, sampling, tmp_path, capsys, monkeypatch):
@@ -1834,7 +1834,7 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
             raise
     (tmp_path / "x").write_text("old")
     for wrapped in (False, True):
-        with pytest.raises(UserError, match=r"x: cannot be written \(No space .*\); what was there before is whole"):
+        with pytest.raises(UserError, match="x: No space left on device"):
             with sample.atomic(tmp_path / "x") as file:
                 file.write(b"new")
                 full_disk(wrapped)
@@ -2125,7 +2125,7 @@ def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp
     with mock.patch.object(np, "savez", side_effect=OSError(28, "No space left")), pytest.raises(SystemExit):
         run_fid(mu, mu, "--save", tmp_path / "new.npz")
     out, err = capsys.readouterr()
-    assert json.loads(out.splitlines()[-1])["FID"] == 0 and "new.npz: cannot be written (No space left)" in err
+    assert json.loads(out.splitlines()[-1])["FID"] == 0 and "new.npz: No space left" in err
     assert os.listdir(tmp_path) == ["mu.npz"] and mu.read_bytes() == before
 
 
@@ -2136,7 +2136,7 @@ def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
         line = fid_fails(capsys, bad, good)
         assert re.search(expected, line) and str(bad) in line, line
 
-    refuses("not a folder or a readable .npz archive .*No such file")
+    refuses("No such file")
     for content in (whole[:len(whole) // 2], b"words"):
         bad.write_bytes(content)
         refuses("not a zip file")
