@@ -8,7 +8,6 @@ Sample i depends on --seed and i alone, whatever the batch size and the number o
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
 """
 import argparse
-import collections
 import contextlib
 import datetime
 import fcntl
@@ -21,6 +20,7 @@ import shutil
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -268,8 +268,8 @@ def main(argv=None):
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels or 4 of 512, about 4 GB in float32
-VAE_SHA256 = {"ema": None,  # not known here: the names and shapes of its tensors are the check
-              "mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"}
+VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+              "ema": None}  # not known here: the names and shapes of its tensors are the check
 norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -285,66 +285,56 @@ class Resnet(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-class PixelAttention(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.group_norm = norm(channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
-        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + h.transpose(2, 3).reshape(x.shape)
-
-
 class Middle(nn.Module):
+    """Two resnets, and between them attention of all pixels to each other."""
+
     def __init__(self, channels):
         super().__init__()
-        self.resnets = nn.ModuleList([Resnet(channels, channels), Resnet(channels, channels)])
-        self.attentions = nn.ModuleList([PixelAttention(channels)])
+        q, k, v, out = (nn.Linear(channels, channels) for _ in range(4))
+        self.attentions = nn.Sequential(nn.ModuleDict(dict(
+            group_norm=norm(channels), to_q=q, to_k=k, to_v=v, to_out=nn.Sequential(out))))
+        self.resnets = nn.Sequential(Resnet(channels, channels), Resnet(channels, channels))
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-def chain(**layers):
-    """Layers one after the other, under the names that they have in the published files."""
-    return nn.Sequential(collections.OrderedDict(layers))
+        x, layers = self.resnets[0](x), self.attentions[0]
+        h = layers.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
+        h = F.scaled_dot_product_attention(layers.to_q(h), layers.to_k(h), layers.to_v(h))
+        x = x + layers.to_out(h).transpose(2, 3).reshape(x.shape)
+        return self.resnets[1](x)
 
 
 def stage(cin, cout, depth, change=None):
     """`depth` resnets at one resolution, then half of it (with zeros on the right and below only) or twice of it."""
-    layers = {"resnets": nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1)))}
+    layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1))))
     if change == "half":
-        layers["downsamplers"] = nn.Sequential(chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, 2)))
+        half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
+        layers["downsamplers"] = nn.Sequential(nn.Sequential(half))
     if change == "twice":
-        layers["upsamplers"] = nn.Sequential(chain(repeat=nn.Upsample(scale_factor=2.0), conv=conv(cout, cout)))
-    return chain(**layers)
+        twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv(cout, cout))
+        layers["upsamplers"] = nn.Sequential(nn.Sequential(twice))
+    return nn.Sequential(layers)
 
 
 class VAE(nn.Module):
     """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8), frozen.
 
     weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded once; else
-    the path of a .safetensors, .bin, .pt or .pth file. UserError for a file that cannot be had or read or does not fit.
-
-    Matches diffusers' AutoencoderKL (models/autoencoders/autoencoder_kl.py), in float32 unless the caller's autocast
-    says bf16. Not float16: VAEs of this family overflow it, which is why diffusers has `force_upcast`.
+    a file's path. UserError for a file that cannot be had or read or does not fit. Matches diffusers' AutoencoderKL
+    (autoencoder_kl.py), in float32, or in bf16 under the caller's autocast; float16 overflows in VAEs of this family.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        self.encoder = chain(
+        self.encoder = nn.Sequential(OrderedDict(
             conv_in=conv(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512), conv_norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 8))
-        self.decoder = chain(
+            mid_block=Middle(512), conv_norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 8)))
+        self.decoder = nn.Sequential(OrderedDict(
             conv_in=conv(4, 512), mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
-            conv_norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3))
+            conv_norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
         self.requires_grad_(False)
         if weights in VAE_SHA256:
@@ -373,15 +363,10 @@ class VAE(nn.Module):
 
 
 def rename_attention(state):
-    """A VAE's state dict with the attention of older files (query, key, ...; 1x1 convolutions) turned into today's."""
-    spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    renamed = {}
-    for name, tensor in state.items():
-        if ".attentions." in name:
-            layer = name.split(".")[-2]
-            name, tensor = name.replace(layer, spellings.get(layer, layer)), tensor.squeeze()
-        renamed[name] = tensor
-    return renamed
+    """A state dict of the VAE whose attention is as in older files (query, key, ...; 1x1 convolutions) -> as today."""
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+    return {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
