@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint of one's own or a published DiT or SiT file.
+"""Sample images from a checkpoint of train.py, or from a published DiT or SiT file.
 
     python sample.py --ckpt out/ckpt.pt --out samples
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
@@ -60,47 +60,28 @@ def compile_blocks(net, wanted, device):
 
 
 def load_model(path, name=None):
-    """Checkpoint file -> (model with the EMA weights on the CPU, its config).
+    """Checkpoint file -> (network with the EMA weights on the CPU, config that it was trained with).
 
-    The config of train.py's checkpoints names the model; for a published DiT or SiT file, `name` says which of the
-    MODELS it is. Sizes are read off the tensors.
+    A file of train.py holds the config; for a published DiT or SiT file, `name` says which of the MODELS it is.
     """
     checkpoint = load_file(path)
     state, config = weights_in(checkpoint), checkpoint.get("config")
-    if not isinstance(config, dict) or config.get("model") not in [*MODELS]:
-        config = {"model": name}
-    if config["model"] is None:
-        raise UserError(f"{path}: holds no config; say with --model which model it is, for instance SiT-XL/2")
-    config = {"objective": default_objective(config["model"]), "classes": None, "vae": None, **config}
-    try:
-        patch, channels = MODELS[config["model"]]["patch_size"], state["x_embedder.proj.weight"].shape[1]
-        labels = len(state["y_embedder.embedding_table.weight"])
-        classes = len(config["classes"]) if config["classes"] else labels - 1  # published: the last is the null label
-        sizes = dict(input_size=patch * math.isqrt(state["pos_embed"].shape[1]), in_channels=channels,
-                     num_classes=classes, class_dropout_prob=labels - classes,  # positive: there is a null label
-                     learn_sigma=len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2,
-                     second_time="r_embedder.mlp.0.weight" in state)
-    except (KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: not the weights of a DiT or SiT") from None
-    fits = {"flow": True, "diffusion": sizes["learn_sigma"], "meanflow": sizes["second_time"]}
-    if not fits.get(config["objective"]):
-        raise UserError(f"{path}: its weights do not fit the objective {config['objective']!r}")
-    with torch.device("meta"):
-        net = build_model(config["model"], **sizes)
+    if config is None:
+        if name is None:
+            raise UserError(f"{path}: holds no config; say with --model what it is, such as SiT-XL/2")
+        config = dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
+    with naming(path, "DiT or SiT"), torch.device("meta"):
+        channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+        side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
+        net = build_model(config["model"], input_size=patch * side, in_channels=channels, num_classes=labels - 1,
+                          second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
-    return net.float().eval().requires_grad_(False), config | sizes
-
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255 by DiT's rule, which truncates."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+    return net.float().eval().requires_grad_(False), config
 
 
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
     """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample.
-
-    Each sample has a noise generator of its own, and so depends on (seed, index) alone.
-    """
+    Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
     def noise(step=None):
@@ -109,7 +90,8 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
 
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
-        return to_uint8(x if decode is None else decode(x)).cpu()
+        x = x if decode is None else decode(x)
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu()  # DiT's rule, which truncates
 
 
 def save_grid(images, path, columns):
@@ -133,7 +115,7 @@ def write_npz(path, files, labels):
             for image in files:
                 entry.write(read_image(image).tobytes())
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-            np.lib.format.write_array(entry, labels)
+            np.save(entry, labels)
 
 
 def parse(argv):
@@ -147,53 +129,20 @@ def parse(argv):
     p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                    help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
     p.add_argument("--cfg-channels", type=number(int, 1), help="guide only the first channels; 3 in the published code")
-    p.add_argument("--classes", help="labels to go through, such as 207,360 or names; default: all")
+    p.add_argument("--classes", help="numbers of the classes to go through, such as 207,360; default: all")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    p.add_argument("--vae", help="ema or mse (stabilityai's sd-vae-ft-*; the hash of mse alone is known and checked), "
-                   "or a file; default: what the training data was made with, else ema")
+    p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*) or a file; default: as in training")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
     return p.parse_args(argv)
 
 
-def parse_classes(args, config):
-    """--classes, numbers or names that the checkpoint knows -> labels; default: all."""
-    count, names = config["num_classes"], config["classes"] or []
-    if config.get("label_dropout") == 1:
-        return [count]  # trained without labels: the null label
-    if args.classes is None:
-        return list(range(count))
-    labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
-              for part in args.classes.split(",")]
-    if not all(0 <= label < count for label in labels):
-        raise UserError(f"--classes {args.classes}: expected names of classes, or numbers from 0 to {count - 1}")
-    return labels
-
-
-def sampler_options(args, objective, config):
-    """The options of objective.sample, checked before any work."""
-    kind = config["objective"]
-    options = dict(steps=args.steps or (1 if kind == "meanflow" else 250), method=args.method or objective.methods[0],
-                   cfg=args.cfg, cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels)
-    if options["method"] not in objective.methods:
-        raise UserError(f"--method {args.method}: expected one of {', '.join(objective.methods)} for {kind}")
-    if kind == "diffusion":
-        try:
-            objective.spaced(options["steps"], options["method"])
-        except ValueError as error:
-            raise UserError(f"--steps {options['steps']}: {error}") from None
-    if args.cfg != 1 and (kind == "meanflow" or not config["class_dropout_prob"]):
-        raise UserError(f"--cfg {args.cfg:g}: guidance needs a model with a null label, and no MeanFlow")
-    if args.cfg_interval[0] > args.cfg_interval[1] or (args.cfg_channels or 0) > config["in_channels"]:
-        raise UserError("--cfg-interval must not decrease, nor --cfg-channels exceed the model's channels")
-    return options
-
-
-def refuse_existing(path):
-    if path.exists():
-        raise UserError(f"{path}: exists already and is not overwritten: remove it, or choose another --out")
+def refuse_existing(*paths):
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already: remove it, or choose another --out")
 
 
 def main(argv=None):
@@ -201,14 +150,26 @@ def main(argv=None):
     out = Path(args.out)
     npz = out.suffix == ".npz"
     grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
-    refuse_existing(out)
+    refuse_existing(out, grid)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
-    objective, dtype = OBJECTIVES[config["objective"]](), args.dtype or default_dtype(device)
-    options, classes = sampler_options(args, objective, config), parse_classes(args, config)
+    shape, dtype = (net.in_channels, net.input_size, net.input_size), args.dtype or default_dtype(device)
+    objective = OBJECTIVES[config["objective"]]()
+    names = "steps", "method", "cfg", "cfg_interval", "cfg_channels"
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:  # a dry run without images, in which the sampler refuses what it cannot do, before any work
+        objective.sample(net, torch.empty(0, *shape), torch.empty(0, dtype=torch.long), **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    known = [str(label) for label in range(net.num_classes)]
+    chosen = args.classes.split(",") if args.classes else known
+    if not {*chosen} <= {*known}:
+        raise UserError(f"--classes {args.classes}: expected numbers from 0 to {len(known) - 1}")
+    classes = [int(label) for label in chosen]
+    if config["label_dropout"] == 1:
+        classes = [net.num_classes]  # trained without labels: the null label
     labels = np.resize(classes, args.n)
-    shape = (config["in_channels"], config["input_size"], config["input_size"])
-    vae = VAE(args.vae or config["vae"] or "ema") if shape[0] == 4 else None
+    vae = VAE(args.vae or config["vae"]) if shape[0] == 4 else None
 
     # Every image is a file in a folder whose name stands for all that an image depends on: so an interrupted run
     # continues, and images that were made differently never mix.
@@ -220,8 +181,6 @@ def main(argv=None):
     part = Path(f"{out}.{digest.hexdigest()[:8]}.part")
     files = [part / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        if not part.exists():  # otherwise an interrupted run may have written its grid already
-            refuse_existing(grid)
         with naming(part):
             part.mkdir(parents=True, exist_ok=True)
         locked = lock(part / ".lock")
@@ -246,11 +205,10 @@ def main(argv=None):
     if rank > 0:
         return
 
+    shown = np.stack([np.asarray(read_image(file)).transpose(2, 0, 1) for file in files[:64]])
     if npz:
         write_npz(part / "archive.npz", files, labels)
-    refuse_existing(out)  # a run with other flags may have finished first
-    shown = [np.asarray(read_image(file)).transpose(2, 0, 1) for file in files[:64]]
-    save_grid(np.stack(shown), grid, columns=10 // len(classes) * len(classes) or 8)  # a column holds one class
+    refuse_existing(out, grid)  # a run with other flags may have finished first
     with naming(out):
         if npz:
             os.rename(part / "archive.npz", out)
@@ -259,6 +217,7 @@ def main(argv=None):
             for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
                 path.unlink()
             os.rename(part, out)
+    save_grid(shown, grid, columns=8)
     locked.close()
     print(f"wrote {out} and {grid}")
 
