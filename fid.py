@@ -4,7 +4,6 @@
     python fid.py samples.npz my_images --size 256
     torchrun --nproc_per_node=8 fid.py samples reference --save reference.npz
 """
-import contextlib
 import functools
 import json
 import math
@@ -19,8 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (Parser, Progress, UserError, atomic, center_crop, command, cpu_cores, fetch, first_line,
-                    list_images, load_file, load_weights, naming, number, open_array, read_image, start)
+from sample import (Parser, Progress, UserError, atomic, center_crop, command, cpu_cores, fetch, list_images,
+                    load_file, load_weights, naming, number, open_array, read_image, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 PAIRS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names of mean and covariance, of pool and of spatial features
@@ -280,21 +279,13 @@ class Pixels:
         return open_array(f"{self.path}/latents.npy")[self.rows[first:last]]
 
 
-@contextlib.contextmanager
-def damage_is_one_line(path):
-    try:
-        yield
-    except Exception as error:  # zipfile, zlib and NumPy raise whatever the damage causes
-        raise UserError(f"{path}: not a folder or a readable .npz archive ({first_line(error)})") from None
-
-
 class Archive:
     """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; nothing is unpickled. The images are
     read in order, since np.load cannot memory-map an archive and would hold all of arr_0."""
 
     def __init__(self, path):
         self.path, self.count, self.size, self.file = path, 0, None, None
-        with damage_is_one_line(path), np.lib.npyio.NpzFile(path) as archive:
+        with naming(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
             names = [name for pair in PAIRS if {*pair} <= {*archive.files} for name in pair]
             self.statistics = {name: np.asarray_chkfinite(archive[name], np.float64) for name in names}
             if "arr_0" in archive.files:
@@ -312,7 +303,7 @@ class Archive:
 
     def read(self, first, last):
         shape = (last - first, self.size[1], self.size[0], 3)
-        with damage_is_one_line(self.path):
+        with naming(self.path, "folder or .npz archive"):
             if self.file is None:  # at this rank's first batch
                 self.file = self.open_images()
                 self.file.seek(first * math.prod(shape[1:]), os.SEEK_CUR)
@@ -383,7 +374,7 @@ def main(argv=None):
     parser.add_argument("--weights", metavar="FILE", help="of Inception (default: downloaded); 'random' for a trial")
     parser.add_argument("--save", metavar="FILE", help="keep the reference's statistics in this new .npz for next time")
     parser.add_argument("--batch", type=number(int, 1), default=64, help="images a forward pass and rank (64)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", choices=["cpu"], help="compute there even if there is a GPU")
     args = parser.parse_args(argv)
     rank, world, device = start(args.device)
     if args.save and rank == 0:

@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint of one's own or a published DiT or SiT file.
+"""Sample images from a checkpoint of train.py, or from a published DiT or SiT file.
 
     python sample.py --ckpt out/ckpt.pt --out samples
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
@@ -8,7 +8,6 @@ Sample i depends on --seed and i alone, whatever the batch size and the number o
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
 """
 import argparse
-import collections
 import contextlib
 import datetime
 import fcntl
@@ -17,11 +16,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -61,47 +60,28 @@ def compile_blocks(net, wanted, device):
 
 
 def load_model(path, name=None):
-    """Checkpoint file -> (model with the EMA weights on the CPU, its config).
+    """Checkpoint file -> (network with the EMA weights on the CPU, config that it was trained with).
 
-    The config of train.py's checkpoints names the model; for a published DiT or SiT file, `name` says which of the
-    MODELS it is. Sizes are read off the tensors.
+    A file of train.py holds the config; for a published DiT or SiT file, `name` says which of the MODELS it is.
     """
     checkpoint = load_file(path)
     state, config = weights_in(checkpoint), checkpoint.get("config")
-    if not isinstance(config, dict) or config.get("model") not in [*MODELS]:
-        config = {"model": name}
-    if config["model"] is None:
-        raise UserError(f"{path}: holds no config; say with --model which model it is, for instance SiT-XL/2")
-    config = {"objective": default_objective(config["model"]), "classes": None, "vae": None, **config}
-    try:
-        patch, channels = MODELS[config["model"]]["patch_size"], state["x_embedder.proj.weight"].shape[1]
-        labels = len(state["y_embedder.embedding_table.weight"])
-        classes = len(config["classes"]) if config["classes"] else labels - 1  # published: the last is the null label
-        sizes = dict(input_size=patch * math.isqrt(state["pos_embed"].shape[1]), in_channels=channels,
-                     num_classes=classes, class_dropout_prob=labels - classes,  # positive: there is a null label
-                     learn_sigma=len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2,
-                     second_time="r_embedder.mlp.0.weight" in state)
-    except (KeyError, TypeError, IndexError):
-        raise UserError(f"{path}: not the weights of a DiT or SiT") from None
-    fits = {"flow": True, "diffusion": sizes["learn_sigma"], "meanflow": sizes["second_time"]}
-    if not fits.get(config["objective"]):
-        raise UserError(f"{path}: its weights do not fit the objective {config['objective']!r}")
-    with torch.device("meta"):
-        net = build_model(config["model"], **sizes)
+    if config is None:
+        if name is None:
+            raise UserError(f"{path}: holds no config; say with --model what it is, such as SiT-XL/2")
+        config = dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
+    with naming(path, "DiT or SiT"), torch.device("meta"):
+        channels, patch = state["x_embedder.proj.weight"].shape[1:3]
+        side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
+        net = build_model(config["model"], input_size=patch * side, in_channels=channels, num_classes=labels - 1,
+                          second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
-    return net.float().eval().requires_grad_(False), config | sizes
-
-
-def to_uint8(x):
-    """[-1, 1] -> 0..255 by DiT's rule, which truncates."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+    return net.float().eval().requires_grad_(False), config
 
 
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
     """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample.
-
-    Each sample has a noise generator of its own, and so depends on (seed, index) alone.
-    """
+    Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
     def noise(step=None):
@@ -110,7 +90,8 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
 
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
-        return to_uint8(x if decode is None else decode(x)).cpu()
+        x = x if decode is None else decode(x)
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu()  # DiT's rule, which truncates
 
 
 def save_grid(images, path, columns):
@@ -134,7 +115,7 @@ def write_npz(path, files, labels):
             for image in files:
                 entry.write(read_image(image).tobytes())
         with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-            np.lib.format.write_array(entry, labels)
+            np.save(entry, labels)
 
 
 def parse(argv):
@@ -148,53 +129,20 @@ def parse(argv):
     p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                    help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
     p.add_argument("--cfg-channels", type=number(int, 1), help="guide only the first channels; 3 in the published code")
-    p.add_argument("--classes", help="labels to go through, such as 207,360 or names; default: all")
+    p.add_argument("--classes", help="numbers of the classes to go through, such as 207,360; default: all")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    p.add_argument("--vae", help="ema or mse (stabilityai's sd-vae-ft-*; the hash of mse alone is known and checked), "
-                   "or a file; default: what the training data was made with, else ema")
+    p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*) or a file; default: as in training")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
     return p.parse_args(argv)
 
 
-def parse_classes(args, config):
-    """--classes, numbers or names that the checkpoint knows -> labels; default: all."""
-    count, names = config["num_classes"], config["classes"] or []
-    if config.get("label_dropout") == 1:
-        return [count]  # trained without labels: the null label
-    if args.classes is None:
-        return list(range(count))
-    labels = [names.index(part) if part in names else int(part) if part.isdecimal() else -1
-              for part in args.classes.split(",")]
-    if not all(0 <= label < count for label in labels):
-        raise UserError(f"--classes {args.classes}: expected names of classes, or numbers from 0 to {count - 1}")
-    return labels
-
-
-def sampler_options(args, objective, config):
-    """The options of objective.sample, checked before any work."""
-    kind = config["objective"]
-    options = dict(steps=args.steps or (1 if kind == "meanflow" else 250), method=args.method or objective.methods[0],
-                   cfg=args.cfg, cfg_interval=args.cfg_interval, cfg_channels=args.cfg_channels)
-    if options["method"] not in objective.methods:
-        raise UserError(f"--method {args.method}: expected one of {', '.join(objective.methods)} for {kind}")
-    if kind == "diffusion":
-        try:
-            objective.spaced(options["steps"], options["method"])
-        except ValueError as error:
-            raise UserError(f"--steps {options['steps']}: {error}") from None
-    if args.cfg != 1 and (kind == "meanflow" or not config["class_dropout_prob"]):
-        raise UserError(f"--cfg {args.cfg:g}: guidance needs a model with a null label, and no MeanFlow")
-    if args.cfg_interval[0] > args.cfg_interval[1] or (args.cfg_channels or 0) > config["in_channels"]:
-        raise UserError("--cfg-interval must not decrease, nor --cfg-channels exceed the model's channels")
-    return options
-
-
-def refuse_existing(path):
-    if path.exists():
-        raise UserError(f"{path}: exists already and is not overwritten: remove it, or choose another --out")
+def refuse_existing(*paths):
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already: remove it, or choose another --out")
 
 
 def main(argv=None):
@@ -202,14 +150,26 @@ def main(argv=None):
     out = Path(args.out)
     npz = out.suffix == ".npz"
     grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
-    refuse_existing(out)
+    refuse_existing(out, grid)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
-    objective, dtype = OBJECTIVES[config["objective"]](), args.dtype or default_dtype(device)
-    options, classes = sampler_options(args, objective, config), parse_classes(args, config)
+    shape, dtype = (net.in_channels, net.input_size, net.input_size), args.dtype or default_dtype(device)
+    objective = OBJECTIVES[config["objective"]]()
+    names = "steps", "method", "cfg", "cfg_interval", "cfg_channels"
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    try:  # a dry run without images, in which the sampler refuses what it cannot do, before any work
+        objective.sample(net, torch.empty(0, *shape), torch.empty(0, dtype=torch.long), **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    known = [str(label) for label in range(net.num_classes)]
+    chosen = args.classes.split(",") if args.classes else known
+    if not {*chosen} <= {*known}:
+        raise UserError(f"--classes {args.classes}: expected numbers from 0 to {len(known) - 1}")
+    classes = [int(label) for label in chosen]
+    if config["label_dropout"] == 1:
+        classes = [net.num_classes]  # trained without labels: the null label
     labels = np.resize(classes, args.n)
-    shape = (config["in_channels"], config["input_size"], config["input_size"])
-    vae = VAE(args.vae or config["vae"] or "ema") if shape[0] == 4 else None
+    vae = VAE(args.vae or config["vae"]) if shape[0] == 4 else None
 
     # Every image is a file in a folder whose name stands for all that an image depends on: so an interrupted run
     # continues, and images that were made differently never mix.
@@ -221,8 +181,6 @@ def main(argv=None):
     part = Path(f"{out}.{digest.hexdigest()[:8]}.part")
     files = [part / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        if not part.exists():  # otherwise an interrupted run may have written its grid already
-            refuse_existing(grid)
         with naming(part):
             part.mkdir(parents=True, exist_ok=True)
         locked = lock(part / ".lock")
@@ -247,11 +205,10 @@ def main(argv=None):
     if rank > 0:
         return
 
+    shown = np.stack([np.asarray(read_image(file)).transpose(2, 0, 1) for file in files[:64]])
     if npz:
         write_npz(part / "archive.npz", files, labels)
-    refuse_existing(out)  # a run with other flags may have finished first
-    shown = [np.asarray(read_image(file)).transpose(2, 0, 1) for file in files[:64]]
-    save_grid(np.stack(shown), grid, columns=10 // len(classes) * len(classes) or 8)  # a column holds one class
+    refuse_existing(out, grid)  # a run with other flags may have finished first
     with naming(out):
         if npz:
             os.rename(part / "archive.npz", out)
@@ -260,6 +217,7 @@ def main(argv=None):
             for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
                 path.unlink()
             os.rename(part, out)
+    save_grid(shown, grid, columns=8)
     locked.close()
     print(f"wrote {out} and {grid}")
 
@@ -269,8 +227,8 @@ def main(argv=None):
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels or 4 of 512, about 4 GB in float32
-VAE_SHA256 = {"ema": None,  # not known here: the names and shapes of its tensors are the check
-              "mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"}
+VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+              "ema": None}  # not known here: the names and shapes of its tensors are the check
 norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -286,66 +244,56 @@ class Resnet(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-class PixelAttention(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.group_norm = norm(channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
-        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + h.transpose(2, 3).reshape(x.shape)
-
-
 class Middle(nn.Module):
+    """Two resnets, and between them attention of all pixels to each other."""
+
     def __init__(self, channels):
         super().__init__()
-        self.resnets = nn.ModuleList([Resnet(channels, channels), Resnet(channels, channels)])
-        self.attentions = nn.ModuleList([PixelAttention(channels)])
+        q, k, v, out = (nn.Linear(channels, channels) for _ in range(4))
+        self.attentions = nn.Sequential(nn.ModuleDict(dict(
+            group_norm=norm(channels), to_q=q, to_k=k, to_v=v, to_out=nn.Sequential(out))))
+        self.resnets = nn.Sequential(Resnet(channels, channels), Resnet(channels, channels))
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-def chain(**layers):
-    """Layers one after the other, under the names that they have in the published files."""
-    return nn.Sequential(collections.OrderedDict(layers))
+        x, layers = self.resnets[0](x), self.attentions[0]
+        h = layers.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
+        h = F.scaled_dot_product_attention(layers.to_q(h), layers.to_k(h), layers.to_v(h))
+        x = x + layers.to_out(h).transpose(2, 3).reshape(x.shape)
+        return self.resnets[1](x)
 
 
 def stage(cin, cout, depth, change=None):
     """`depth` resnets at one resolution, then half of it (with zeros on the right and below only) or twice of it."""
-    layers = {"resnets": nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1)))}
+    layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1))))
     if change == "half":
-        layers["downsamplers"] = nn.Sequential(chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, 2)))
+        half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
+        layers["downsamplers"] = nn.Sequential(nn.Sequential(half))
     if change == "twice":
-        layers["upsamplers"] = nn.Sequential(chain(repeat=nn.Upsample(scale_factor=2.0), conv=conv(cout, cout)))
-    return chain(**layers)
+        twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv(cout, cout))
+        layers["upsamplers"] = nn.Sequential(nn.Sequential(twice))
+    return nn.Sequential(layers)
 
 
 class VAE(nn.Module):
     """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8), frozen.
 
     weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded once; else
-    the path of a .safetensors, .bin, .pt or .pth file. UserError for a file that cannot be had or read or does not fit.
-
-    Matches diffusers' AutoencoderKL (models/autoencoders/autoencoder_kl.py), in float32 unless the caller's autocast
-    says bf16. Not float16: VAEs of this family overflow it, which is why diffusers has `force_upcast`.
+    a file's path. UserError for a file that cannot be had or read or does not fit. Matches diffusers' AutoencoderKL
+    (autoencoder_kl.py), in float32, or in bf16 under the caller's autocast; float16 overflows in VAEs of this family.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        self.encoder = chain(
+        self.encoder = nn.Sequential(OrderedDict(
             conv_in=conv(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512), conv_norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 8))
-        self.decoder = chain(
+            mid_block=Middle(512), conv_norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 8)))
+        self.decoder = nn.Sequential(OrderedDict(
             conv_in=conv(4, 512), mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
-            conv_norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3))
+            conv_norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
         self.requires_grad_(False)
         if weights in VAE_SHA256:
@@ -374,19 +322,14 @@ class VAE(nn.Module):
 
 
 def rename_attention(state):
-    """A VAE's state dict with the attention of older files (query, key, ...; 1x1 convolutions) turned into today's."""
-    spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    renamed = {}
-    for name, tensor in state.items():
-        if ".attentions." in name:
-            layer = name.split(".")[-2]
-            name, tensor = name.replace(layer, spellings.get(layer, layer)), tensor.squeeze()
-        renamed[name] = tensor
-    return renamed
+    """A state dict of the VAE whose attention is as in older files (query, key, ...; 1x1 convolutions) -> as today."""
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+    return {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the three command lines share
+# What the three command lines share: errors, processes, progress, and files
 
 
 class UserError(ValueError):
@@ -424,37 +367,26 @@ def command(main):
     def wrapped(argv=None):
         try:
             main(argv)
-            barrier()  # the other ranks may still need this one
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            return
-        except UserError as error:
-            name = Path(sys.argv[0]).stem if main.__module__ == "__main__" else main.__module__
-            line, code = f"{name}: error: {error}", 2
-        except KeyboardInterrupt:
-            line, code = "interrupted", 130
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            time.sleep(5 + rank)  # torchrun stops every rank when one exits: the lowest rank in trouble speaks
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
-        sys.exit(code)
+        except (UserError, KeyboardInterrupt) as error:
+            rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
+            time.sleep(5 + rank if rank else 0)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
+            print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
+            sys.exit(2 if isinstance(error, UserError) else 130)
+        barrier()  # the other ranks may still need this one
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return wrapped
 
 
 def start(device=None):
     """Pick CUDA, else MPS, else CPU, and join torchrun's process group -> (rank, number of ranks, device)."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    alone = "RANK" not in os.environ
-    mps = torch.backends.mps.is_available() and alone  # which cannot exchange tensors
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank if device.index is None else device.index)
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
-    if device.type == "cpu" and local_world > 1:
-        torch.set_num_threads(max(1, cpu_cores() // local_world))  # torchrun gives each rank one thread
+    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), "RANK" not in os.environ
+    mps = torch.backends.mps.is_available() and alone  # MPS cannot exchange tensors
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
+    gpu = device.type == "cuda"
+    if gpu:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
     # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
@@ -462,7 +394,6 @@ def start(device=None):
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=PATIENCE,
                             rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
@@ -495,22 +426,27 @@ class Progress:
         if self.quiet or not last and now - self.shown < (0.2 if live else 20):
             return
         self.shown, rate = now, self.done / max(now - self.begin, 1e-9)
-        time_left = "done in " + clock(now - self.begin) if last else clock((self.total - self.done) / rate) + " left"
-        line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {time_left}"
+        left = clock((self.total - self.done) / rate)
+        line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {left} left"
         print(f"\r{line:<79}" if live else line, end="" if live and not last else "\n", file=sys.stderr, flush=True)
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 @contextlib.contextmanager
-def naming(path):
-    """Turn an error of the file system into a UserError that names this path."""
+def naming(path, what=None, damaged=UserError):
+    """Turn an error of the file system into a UserError that names this path.
+
+    Where a file of the kind `what` is read, whatever its decoder raises becomes an error, too: of the class `damaged`.
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:
+        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
+        if getattr(disk, "errno", None):  # decoders raise OSErrors, too, but without a number
+            raise UserError(f"{path}: {disk.strerror}") from None
+        if what is None:
+            raise
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch's second sentence tells how to run a hostile file
+        raise damaged(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
 
 
 @contextlib.contextmanager
@@ -518,18 +454,14 @@ def atomic(path):
     """Open a temporary file that replaces `path`, flushed to disk, when the block ends without an error."""
     part = Path(f"{path}.tmp")
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
+        with naming(path):
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
         part.unlink(missing_ok=True)
-        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
-        if isinstance(disk, OSError):
-            reason = disk.strerror or disk
-            raise UserError(f"{path}: cannot be written ({reason}); what was there before is whole") from None
-        raise
 
 
 def lock(path):
@@ -552,8 +484,7 @@ def fetch(url, flag, sha256=None, name=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"cannot download {url} ({first_line(error)}): put the file at {path}, "
-                            f"or name it with {flag} FILE") from None
+            raise UserError(f"cannot download {url} ({error}): put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
 
@@ -561,44 +492,33 @@ def fetch(url, flag, sha256=None, name=None):
 def load_file(path):
     """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for a pickle that would run code.
 
-    Rank 0 compares the checksums in a torch file; .safetensors and torch files from before torch 1.6 have none.
+    Rank 0 compares a torch file's checksums; .safetensors files and those from before torch 1.6 have none.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
+    with naming(path, "weights file"):
+        zipped = zipfile.is_zipfile(path)
+        if zipped and os.environ.get("RANK", "0") == "0" and (wrong := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {wrong} is wrong")
         if Path(path).suffix == ".safetensors":
             state = load_safetensors(path)
         else:
-            zipped = zipfile.is_zipfile(path)
-            if zipped and os.environ.get("RANK", "0") == "0" and (wrong := zipfile.ZipFile(path).testzip()):
-                raise ValueError(f"the checksum of {wrong} is wrong")
-            with torch.serialization.safe_globals([argparse.Namespace]):  # which holds the flags in published files
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in published files
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in weights_in(state).items()):
-            raise ValueError("it holds no state dict, which maps names to tensors")
-        return state
-    except Exception as error:  # the decoders raise whatever the damage causes
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch's message tells how to run it nevertheless
-            reason = "its pickle is damaged or would run code"
-        raise UserError(f"{path}: not a readable weights file ({reason})") from None
+            raise ValueError("it holds no dict of tensors")
+    return state
 
 
 def load_safetensors(path):
     """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON, {name: {dtype, shape,
     data_offsets}}), and the tensors' bytes, where the offsets point."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "I64": torch.int64}
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = bytearray(file.read())
     header.pop("__metadata__", None)
-    data, tensors = np.memmap(path, np.uint8, "r", offset=8 + length), {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        content = torch.from_numpy(np.array(data[begin:end]))
-        tensors[name] = content.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    return {name: torch.frombuffer(data, dtype=dtypes[entry["dtype"]], offset=entry["data_offsets"][0],
+                                   count=math.prod(entry["shape"])).reshape(entry["shape"])
+            for name, entry in header.items()}
 
 
 def weights_in(checkpoint):
@@ -608,10 +528,9 @@ def weights_in(checkpoint):
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict into a module; UserError names the first tensor that is missing, unexpected or misshapen."""
-    found, expected = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
-                       for tensors in (state, module.state_dict()))
-    for name in sorted(found.keys() | expected.keys()):
-        have, want = found.get(name, "nothing"), expected.get(name, "nothing")
+    expected = module.state_dict()
+    for name in sorted({*state, *expected}):
+        have, want = (tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (state, expected))
         if have != want:
             raise UserError(f"{path}: {name} is {have} where {want} is expected")
     module.load_state_dict(state, assign=assign)
@@ -619,25 +538,19 @@ def load_weights(module, state, path, assign=False):
 
 def read_json(path):
     """The dict in a JSON file."""
-    try:
+    with naming(path, "description"):
         return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a readable description ({first_line(error)})") from None
 
 
 def open_array(path):
     """A .npy file, memory-mapped and never unpickled."""
-    try:
+    with naming(path, "array"):
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy raises whatever the damage causes
-        raise UserError(f"{path}: not a readable array ({first_line(error)})") from None
 
 
 def list_images(folder):
     """Sorted paths of the images in a folder and below, by Pillow's file extensions; hidden ones are left out.
-
-    Links are followed, but a folder that is reached several times counts once.
-    """
+    Links are followed, but a folder that is reached several times counts once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
 
@@ -658,19 +571,14 @@ def list_images(folder):
 def read_image(path):
     """One image file as RGB; UnreadableImage for what is damaged, no image, or a decompression bomb.
 
-    As in ADM, a rotation noted in EXIF and transparency are ignored. 16-bit grey is divided by 257; floats, whose range
-    nobody knows, are unreadable.
+    As in ADM, transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("its pixels are floats")
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
-                image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever the damage causes; the disk's errors have a number
-        kind = UserError if getattr(error, "errno", None) else UnreadableImage
-        raise kind(f"{path}: not a readable image ({first_line(error)})") from None
+    with naming(path, "image", UnreadableImage), Image.open(path) as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats")
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255 instead of dividing by 257
+            image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 
 def center_crop(image, size):
