@@ -80,7 +80,7 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     return {"infonce": -math.log(n),
             "cosine": 1 / tau + math.log1p((n - 1) * math.exp(-n / (tau * (n - 1)))) - math.log(n),
             "hinge": margin ** 2 / n,
-            "covariance": 1 / (n - 1)}[kind]  # about, and random features are there already
+            "covariance": 1 / (n - 1)}[kind]  # approximately; random features reach it
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def distances(a, b, kind):
 
 def standardize(z):
     """Zero mean and unit (population) variance over the group for every feature; a constant feature becomes zero."""
-    z = z - z[..., :1, :].detach()  # a constant feature is now exactly zero, which the mean might miss by a rounding
+    z = z - z[..., :1, :].detach()  # a constant feature is now exactly zero; its mean might be off by a rounding
     z = z - z.mean(-2, keepdim=True)
     return z * (z.square().mean(-2, keepdim=True) + 1e-20).rsqrt()
 
@@ -241,9 +241,9 @@ class DiT(nn.Module):
     """The transformer of DiT and SiT (Peebles & Xie 2023, arXiv 2212.09748): predicts noise or velocity.
 
     input_size, in_channels: the image or latent is (in_channels, input_size, input_size); patch_size divides the size.
-    class_dropout_prob: if it is positive, label num_classes exists, the null label. To drop labels is the caller's job.
+    class_dropout_prob: if it is positive, label num_classes exists, the null label. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
-    second_time: MeanFlow's second time r. Its embedder starts as zero: with a SiT's weights it computes what SiT does.
+    second_time: MeanFlow's second time r. Its embedder starts as zero, so that a SiT's weights still give that SiT.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -254,7 +254,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.x_embedder = nn.Module()  # only to give the layer in it its published name, as y_embedder below
+        self.x_embedder = nn.Module()  # a container, for the published name, as y_embedder is
         self.x_embedder.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
@@ -433,7 +433,7 @@ def posterior(chain, k, x_t, eps, v):
 def discretized_log_likelihood(x, mean, log_std):
     """Log-probability under Normal(mean, std^2) of 8-bit grey levels x in [-1, 1]: bins of 2/255, open at the ends."""
     edges = torch.stack([x - mean - 1 / 255, x - mean + 1 / 255]) * torch.exp(-log_std)
-    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (edges + 0.044715 * edges ** 3))  # normal CDF, about
+    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (edges + 0.044715 * edges ** 3))  # a normal CDF, nearly
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
 
@@ -578,12 +578,12 @@ class MeanFlow:
         if (self.omega, self.kappa) != (1, 0):
             null = null_labels(net, y)
             twice = torch.cat([t, t])
-            out = net.forward(torch.cat([x_t, x_t]), twice, torch.cat([y, null]), twice)
+            out = net(torch.cat([x_t, x_t]), twice, torch.cat([y, null]), twice)
             cond, uncond = out[:, :channels].chunk(2)
             guided = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
             applies = (self.interval[0] <= t) & (t <= self.interval[1]) & (y != null)
             v = torch.where(applies.view(-1, 1, 1, 1), guided, v)
-        average_velocity = lambda x, t: net.forward(x, t, y[rows], r[rows])[:, :channels]
+        average_velocity = lambda x, t: net(x, t, y[rows], r[rows])[:, :channels]
         # forward-mode differentiation works neither in fused attention nor in compiled code
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             _, derivative = torch.func.jvp(average_velocity, (x_t[rows], t[rows]),

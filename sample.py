@@ -73,8 +73,9 @@ def load_model(path, name=None):
     with naming(path, "DiT or SiT"), torch.device("meta"):
         channels, patch = state["x_embedder.proj.weight"].shape[1:3]
         side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
-        net = build_model(config["model"], input_size=patch * side, in_channels=channels, num_classes=labels - 1,
-                          second_time=config["objective"] == "meanflow")
+        net = build_model(config["model"], input_size=patch * side, in_channels=channels,
+                          num_classes=labels - (config["label_dropout"] > 0),  # the last label is the null label
+                          class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 

@@ -5,13 +5,12 @@
     torchrun --nproc_per_node=8 train.py --data data/photos --model SiT-B/2
 
 A run is a function of (config, data, seed, step): every random draw has a generator of its own, seeded by (seed, step,
-purpose), which draws for the whole global batch, and each rank takes its slice. So a run can go on from its weights and
-its step alone, and the number of ranks and of accumulated passes changes nothing but the order of sums.
+purpose), which draws for the whole global batch, and each rank takes its slice. So a run can go on from a checkpoint
+alone, and the number of ranks and of accumulated passes changes nothing but the order of sums.
 """
 import argparse
 import collections
 import colorsys
-import contextlib
 import copy
 import functools
 import json
@@ -39,12 +38,12 @@ from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableImage
                     list_images, load_file, load_weights, lock, naming, number, open_array, read_image, read_json,
                     save_grid, start, weights_in)
 
-DEMO = dict(model="SiT-XS/4", steps=1500, lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
+DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 CHUNK = 256  # images that are cached at a time
-# flags that may change when a run is continued; a change of those in TUNABLE is logged
+# when a run is continued, these flags may differ (data are compared by content), and those with a line in the log
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
-        "out", "data", "val", "images", "cache_only", "size", "vae"}
-TUNABLE = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
+        "out", "init", "data", "val", "images", "cache_only", "size", "vae"}
+LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 
 
 def parse(argv):
@@ -68,7 +67,7 @@ def parse(argv):
     # training
     flag("--model", "SiT-B/2", "SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8", choices=MODELS, metavar="NAME")
     flag("--objective", choices=OBJECTIVES, help="default: flow for SiT, diffusion for DiT")
-    flag("--epochs", 80.0)
+    flag("--epochs", type=amount, help="(80)")
     flag("--steps", type=count, help="instead of epochs")
     flag("--batch", 256, "of all ranks")
     flag("--micro", type=count, help="samples a forward pass on each rank; default: its share of the batch")
@@ -107,22 +106,25 @@ def parse(argv):
     args = p.parse_args(argv)
     if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
         p.set_defaults(**DEMO, batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
+        p.set_defaults(steps=None if args.epochs else 1500)
         args = p.parse_args(argv)
+    args.epochs = args.epochs or 80
     args.objective = args.objective or default_objective(args.model)
-    args.beta2 = args.beta2 or (0.95 if args.objective == "meanflow" else 0.999)
+    if args.beta2 is None:
+        args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
 
-    if args.images and not args.data:
-        p.error("--images needs --data DIR, where the cached arrays go")
+    if args.images and not args.data or args.cache_only and not args.images:
+        p.error("--cache-only needs --images FOLDER, and that needs --data DIR, where the cached arrays go")
     if args.contrastive and args.disp == "none":
         p.error("--contrastive needs a --disp other than none")
     depth = MODELS[args.model]["depth"]
     if args.repa and args.repa_block > depth:
         p.error(f"--repa-block {args.repa_block}: expected a number from 1 to {depth}")
-    numbers, text = [*map(str, range(1, depth + 1))], args.disp_blocks or str(max(1, depth // 4))
-    chosen = {*numbers} if text == "all" else {*text.split(",")} if args.disp != "none" else set()
+    numbers, text = [str(number) for number in range(1, depth + 1)], args.disp_blocks or str(max(1, depth // 4))
+    chosen = {*numbers} if text == "all" else {*text.split(",")}
     if not chosen <= {*numbers}:
         p.error(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
-    args.disp_blocks = sorted(map(int, chosen))
+    args.disp_blocks = sorted(map(int, chosen)) if args.disp != "none" else []
     return args
 
 
@@ -178,8 +180,8 @@ def load_crop(file, size):
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: latents.npy, meta.json, and last labels.npy (-1: unreadable image).
 
-    Images are cached CHUNK at a time, and then their labels stand in a file of chunks/: an interrupted run goes on
-    with the chunks that have no such file.
+    Images are cached CHUNK at a time. Then a file in chunks/ gets their labels: an interrupted run does the chunks
+    without one.
     """
     folder, target, size = Path(args.images), Path(args.data), args.size
     files = [file for file in list_images(folder) if file.parent != folder]
@@ -199,23 +201,21 @@ def cache_images(args, rank, world, device):
             locked = lock(target / ".lock")
             before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
             if before != meta and (before or array.exists()):
-                differs = ", ".join(f"--{name} {before.get(name)}" for name in meta if before.get(name) != meta[name])
-                raise UserError(f"--data {target}: was begun with {differs}: name another directory")
-            with atomic(target / "meta.json") as file:
-                file.write(json.dumps(meta, indent=1).encode())
+                raise UserError(f"--data {target}: was begun with other images, --size or --vae; name another one")
             if not array.exists():
+                with atomic(target / "meta.json") as file:
+                    file.write(json.dumps(meta, indent=1).encode())
                 (target / "chunks").mkdir(exist_ok=True)
-                shape, dtype = ((3, size, size), np.uint8) if pixels else ((2, 8, size // 8, size // 8), np.float16)
-                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))
+                shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
+                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # a file of zeros
                 os.replace(target / "new.npy", array)
     barrier()
     if (target / "labels.npy").exists():
         return
     rows = open_array(array)
-    todo = [first for first, file in chunks.items() if not file.exists()][rank::world]
-    barrier()  # every rank has looked before any writes
-
-    vae, blank = None if pixels else VAE(meta["vae"]).to(device), np.zeros((3, size, size), np.uint8)
+    todo = [first for first in [*chunks][rank::world] if not chunks[first].exists()]
+    vae = None if pixels else VAE(meta["vae"]).to(device)
+    blank = np.zeros((3, size, size), np.uint8)
     progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
     with ThreadPoolExecutor(cpu_cores()) as pool:
         load = lambda first: [*pool.map(functools.partial(load_crop, size=size), files[first:first + CHUNK])]
@@ -230,8 +230,7 @@ def cache_images(args, rank, world, device):
                 file.flush()
                 os.fsync(file.fileno())
             with atomic(chunks[first]) as file:
-                readable = [image is not None for image in loaded]
-                np.save(file, np.where(readable, labels[first:first + CHUNK], -1))
+                np.save(file, [-1 if image is None else label for image, label in zip(loaded, labels[first:])])
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
@@ -259,16 +258,16 @@ class Data:
 
     @classmethod
     def open(cls, flag, folder):
+        """Open a cache; the flag is named in errors."""
         labels, latents = (open_array(Path(folder, name)) for name in ("labels.npy", "latents.npy"))
         meta = read_json(Path(folder, "meta.json"))
         classes, vae = meta.get("classes"), meta.get("vae")
-        channels, dtype = ((3,), "uint8") if vae == "none" else ((2, 8), "float16")
+        dtype, channels = ("uint8", (3,)) if vae == "none" else ("float16", (2, 8))
         if (not isinstance(classes, list) or not isinstance(vae, str) or latents.dtype != dtype or not latents.size
                 or latents.shape != (*labels.shape, *channels, *2 * latents.shape[-1:])
                 or labels.dtype.kind != "i" or labels.min() < -1 or not 0 <= labels.max() < len(classes)):
-            raise UserError(f"{flag} {folder}: expected a latents.npy {dtype} (N, {', '.join(map(str, channels))}, H, "
-                            f"H) and a labels.npy of N class numbers (-1: left out), found {latents.dtype} "
-                            f"{latents.shape} and {labels.dtype} {labels.shape}, and in meta.json {str(meta):.200}")
+            raise UserError(f"{flag} {folder}: expected what --images makes, found latents.npy {latents.dtype} "
+                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
         return cls(latents, labels.astype(np.int64), classes, vae)
 
     def add_features(self, path, tokens):
@@ -278,10 +277,11 @@ class Data:
                             f"({', '.join(map(str, expected))}, D) are expected")
 
     def contents(self):
-        """What tells these data from others: checksums, and of large arrays those of about 64 rows."""
+        """What tells these data from others: checksums, of large arrays those of about 64 rows."""
         spread = lambda array: zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
-        return dict(data=spread(self.latents), labels=zlib.crc32(self.labels.tobytes()), classes=self.classes,
-                    vae=self.vae, repa=None if self.features is None else spread(self.features))
+        data = [spread(self.latents), zlib.crc32(self.labels.tobytes()), self.classes]
+        return dict(data=f"contents {zlib.crc32(str(data).encode()):08x}", vae=self.vae,
+                    repa=self.features is not None and f"contents {spread(self.features):08x}")
 
     def __len__(self):
         return len(self.rows)
@@ -290,7 +290,7 @@ class Data:
         """[images or posteriors of the entries, mirrored where flips says; their labels; their features if any]."""
         rows, views = self.rows[entries], flips.astype(int)
         if self.pixels:
-            images = np.ascontiguousarray(self.latents[rows])
+            images = self.latents[rows]
             images[flips] = images[flips, ..., ::-1]
         else:
             images = self.latents[rows, views]
@@ -347,11 +347,14 @@ class Losses(nn.Module):
     def __init__(self, args, data, device):
         super().__init__()
         self.args, self.data, self.meanflow = args, data, args.objective == "meanflow"
-        guidance = args.meanflow_omega, args.meanflow_kappa, args.meanflow_interval
-        self.objective = MeanFlow(4, *guidance) if self.meanflow else OBJECTIVES[args.objective]()
+        self.objective = OBJECTIVES[args.objective]()
+        if self.meanflow:
+            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
+                                      interval=args.meanflow_interval)
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
-                               num_classes=len(data.classes), second_time=self.meanflow)
-        if args.init:  # the embedding of other classes starts afresh, and that of MeanFlow's second time from a SiT
+                               num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
+                               second_time=self.meanflow)
+        if args.init:  # may lack two embeddings: that of other classes, and for MeanFlow that of the second time
             state, own = weights_in(load_file(args.init)), self.net.state_dict()
             fresh = {name: own[name] for name in own if name.startswith(("r_embedder.", "y_embedder."))
                      and (name not in state or state[name].shape != own[name].shape)}
@@ -362,9 +365,9 @@ class Losses(nn.Module):
         self.captured = sorted({*args.disp_blocks, *([args.repa_block] if args.repa else [])})
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
-    def view(self, data, images, labels, seed, step, n, mine=slice(None), name="{}"):
+    def draw_view(self, data, images, labels, seed, step, n, mine=slice(None), prefix=""):
         """What the objective's loss takes, as a dict: `mine` of what is drawn for n samples at this step."""
-        generator = lambda purpose: stream(seed, step, name.format(purpose), images.device)
+        generator = lambda purpose: stream(seed, step, prefix + purpose, images.device)
         randn = lambda purpose: torch.randn(n, *data.shape, generator=generator(purpose), device=images.device)[mine]
         times = self.objective.times(n, generator("time"))
         t, r = times if self.meanflow else (times, times)  # only MeanFlow has an r of its own
@@ -376,27 +379,28 @@ class Losses(nn.Module):
         rand = lambda purpose: torch.rand(args.batch, generator=stream(args.seed, step, purpose, device),
                                           device=device)[mine]
         y = torch.where(rand("label") < args.label_dropout, self.net.num_classes, labels)
-        draw = functools.partial(self.view, self.data, images, y, args.seed, step, args.batch, mine)
+        draw = functools.partial(self.draw_view, self.data, images, y, args.seed, step, args.batch, mine)
         first = draw()
         if not args.contrastive:
             return [first]
-        second = draw("{}2") | dict(x=first["x"])
+        second = draw("second ") | dict(x=first["x"])
         if args.contrastive == "dependent":
-            last = 999 if args.objective == "diffusion" else 1  # the largest step number, or time
-            t = (first["t"] + 0.005 * last * (2 * rand("time2") - 1)).clamp(0, last)
-            second |= dict(t=t.round().long() if last > 1 else t, noise=first["noise"])
+            discrete = args.objective == "diffusion"  # with step numbers up to 999 rather than times up to 1
+            last = 999 if discrete else 1
+            t = (first["t"] + 0.005 * last * (2 * rand("shift") - 1)).clamp(0, last)
+            second |= dict(t=t.round().long() if discrete else t, noise=first["noise"])
         return [first, second | dict(r=second["t"])]
 
-    def forward(self, views, rows, features=None):
+    def forward(self, views, position, features=None):
         """The total to minimise, a scalar, and its terms, {name: scalar}.
 
         views: one dict of x, y, t, r, noise, each (n, ...), or two of the same images, for a contrastive loss.
-        rows: the samples with r != t, for MeanFlow. features: the encoder's, for REPA.
+        position: that of the first sample in the global batch. features: the encoder's, for REPA.
         """
         args, n = self.args, len(views[0]["x"])
         inputs = {name: torch.cat([view[name] for view in views]) for name in views[0]}
         if self.meanflow:
-            inputs["rows"] = rows
+            inputs["rows"] = slice(-position % self.objective.every, n, self.objective.every)  # those with r != t
         with self.autocast():
             error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
         z = dict(zip(self.captured, activations))
@@ -430,7 +434,7 @@ class Losses(nn.Module):
         """
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
         device = net.pos_embed.device
-        view = self.view(data, images.to(device), labels.to(device), 0, entries[0], len(entries), name="val {}")
+        view = self.draw_view(data, images.to(device), labels.to(device), 0, entries[0], len(entries), prefix="val ")
         with self.autocast():
             error, activations = self.objective.loss(net, **view, blocks=blocks)
         return error.sum(), activations
@@ -440,8 +444,13 @@ class Losses(nn.Module):
 # What a run leaves in --out
 
 
+def spread(data, count):
+    """Up to `count` entries of the data, evenly spaced, since a cache is sorted by class."""
+    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
+
+
 def picture(losses, ema, path, decode, device):
-    """Write a grid of samples, one class a row -> {measure: of 64 images' activations after every block}."""
+    """Write a grid of samples, one class a row -> {measure: [its value after each block, over 64 images]}."""
     args, data = losses.args, losses.data
     labels = np.unique(data.labels[data.rows])
     labels = labels[np.linspace(0, len(labels) - 1, 10).round().astype(int)].repeat(8)
@@ -449,10 +458,10 @@ def picture(losses, ema, path, decode, device):
                       args.dtype, decode, steps=1 if args.objective == "meanflow" else 25)
     save_grid(images.numpy(), path, columns=8)
     measures = dict(block_distance=[], block_rank=[], block_norm=[])
-    entries = np.linspace(0, len(data) - 1, min(64, len(data))).astype(int)  # of all classes: caches are sorted
+    entries = spread(data, 64)
     for block in range(1, len(ema.blocks) + 1) if len(entries) > 1 else []:  # one at a time, to save memory
-        z = losses.evaluate(ema, data, entries, [block])[1][0]
-        for name, value in zip(measures, (mean_distance(z), effective_rank(z), z.float().square().mean())):
+        z = losses.evaluate(ema, data, entries, [block])[1][0].float().cpu()
+        for name, value in zip(measures, (mean_distance(z), effective_rank(z), z.square().mean())):
             measures[name].append(value.item())
     return measures
 
@@ -482,11 +491,11 @@ def resume(out, config, parts):
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
     for name, now in config.items():
         before, flag = state["config"].get(name), "--" + name.replace("_", "-")
-        if before != now and name not in TUNABLE:
+        if before != now and name not in LOGGED:
             raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
         if before != now:
             changes.append(f"{flag} {before} -> {now}")
-    for name in ("model", "ema", "projector"):
+    for name in parts.keys() - {"opt"}:
         load_weights(parts[name], state[name], path)
     parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # a copy, rather than the file's mapped memory
     return state["step"], changes
@@ -496,9 +505,11 @@ def resume(out, config, parts):
 # The loop
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """A list to which Ctrl-C and SIGTERM are added, rather than end the process; a second one, a second later, does."""
+def note_signals():
+    """Ctrl-C and SIGTERM, from now on, are only added to the list that is returned.
+
+    But one that comes more than a second after the first ends the process.
+    """
     received, times = [], []
 
     def note(which, frame):
@@ -507,12 +518,9 @@ def noted_signals():
         if times[-1] - times[0] > 1:  # launchers repeat at once a signal that all processes got
             os._exit(128 + which)
 
-    before = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, note)
+    return received
 
 
 def means(values, world):
@@ -523,12 +531,12 @@ def means(values, world):
     return dict(zip(values, (stacked / world).tolist()))
 
 
-def greatest(value, hosts):
+def max_over_ranks(value, cpu_group):
     """The greatest of the ranks' integers. The processes wait for each other here, but no GPU does."""
-    if hosts is None:
+    if cpu_group is None:
         return value
     values = torch.tensor(value)
-    dist.all_reduce(values, dist.ReduceOp.MAX, hosts)
+    dist.all_reduce(values, dist.ReduceOp.MAX, cpu_group)
     return int(values)
 
 
@@ -549,10 +557,10 @@ def train(args, data, held_out, rank, world, device):
     compiled = compile_blocks(net, args.compile, device)
     weights = [p for p in losses.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
-    parallel, hosts = losses, None
+    parallel, cpu_group = losses, None
     if world > 1:
         parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
-        hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+        cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
 
     # the batch: each rank takes its share, in passes of `micro` samples
@@ -577,103 +585,101 @@ def train(args, data, held_out, rank, world, device):
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
     first, changes = resume(out, config, parts)
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))
-    if greatest(first, hosts) != -greatest(-first, hosts):
+    if max_over_ranks(first, cpu_group) + max_over_ranks(-first, cpu_group) != 0:  # the largest is not the smallest
         raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
     if rank == 0:
-        lines = log.read_text().splitlines() if log.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-        if changes:
-            lines.append(json.dumps(dict(step=first, changed=changes)))
-        with atomic(log) as file:  # what lies beyond the checkpoint will be logged again
-            file.write("".join(line + "\n" for line in dict.fromkeys(lines)).encode())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
         print(f"{args.model}, {args.objective}, --disp {args.disp} on blocks {args.disp_blocks}\n"
               f"{args.data or 'drawn demo'}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} "
               f"classes; {steps:,} steps of {args.batch}, {steps * args.batch / len(data):.1f} epochs\n"
-              f"{world} x {name}, {args.dtype}{', compiled' * compiled}, {micro} samples at a time", flush=True)
+              f"{world} x {name}, {args.dtype}{', compiled' if compiled else ''}, {micro} at a time", flush=True)
+        # what the log holds beyond the checkpoint will be logged again
+        lines = log.read_text().splitlines() if log.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
         if changes:
             print("changed:", ", ".join(changes), flush=True)
+            lines.append(json.dumps(dict(step=first, changed=changes)))
+        with atomic(log) as file:  # a run that was killed twice may have logged the same change twice
+            file.write("".join(line + "\n" for line in dict.fromkeys(lines)).encode())
         if args.wandb:
             import wandb
             board = wandb.init(project="dispersive", dir=str(out), config=config)
 
-    todo, sums, logged, since = range(first, steps), collections.defaultdict(float), first, time.time()
-    with noted_signals() as signals:
-        for step, (images, labels, *features) in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
-            # forward and backward, in passes whose gradients add up; nothing here waits for the device
-            views = losses.views(images, labels, step, mine)
-            for begin in range(0, share, micro):
-                part = slice(begin, begin + micro)
-                rows = slice(-(mine.start + begin) % 4, micro, 4)  # every fourth of the global batch
-                parallel.require_backward_grad_sync = part.stop == share  # ranks exchange in the last pass
-                total, terms = parallel([{name: value[part] for name, value in view.items()} for view in views], rows,
-                                        *[feature[part] for feature in features])
-                (total * micro / share).backward()
-                for name, value in terms.items():
-                    sums[name] += value * micro / share
+    sums, logged, since, signals = collections.defaultdict(float), first, time.time(), note_signals()
+    todo = range(first, steps)
+    for step, (images, labels, *features) in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
+        # forward and backward, in passes whose gradients add up; nothing here waits for the device
+        views = losses.views(images, labels, step, mine)
+        for begin in range(0, share, micro):
+            part = slice(begin, begin + micro)
+            parallel.require_backward_grad_sync = part.stop == share  # ranks exchange in the last pass
+            total, terms = parallel([{name: value[part] for name, value in view.items()} for view in views],
+                                    mine.start + begin, *[feature[part] for feature in features])
+            (total * micro / share).backward()
+            for name, value in terms.items():
+                sums[name] += value * micro / share
 
-            # the optimiser
-            sums["gradient"] += nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
+        # the optimiser
+        sums["gradient"] += nn.utils.clip_grad_norm_(weights, args.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            # the EMA; its decay is warmed up, so that a short run's EMA forgets its start
-            decay = min(args.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
+        # the EMA; its decay is warmed up, so that a short run's EMA forgets its start
+        decay = min(args.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
 
-            # what is due; a line of the log comes with all of it, and before the checkpoint, where a killed run goes on
-            done, stopped_by = step + 1, greatest(max(signals, default=0), hosts)
-            due = lambda every: every and (done % every == 0 or done == steps)
-            is_ckpt, is_sample = stopped_by or due(args.ckpt_every), due(args.sample_every)
-            is_snapshot = due(args.snapshot_every)
-            if not (is_ckpt or is_sample or is_snapshot or due(args.log_every)):
-                continue
-            line = {name: value / (done - logged) for name, value in means(sums, world).items()}
-            if not all(map(math.isfinite, line.values())):
-                raise UserError(f"steps {logged + 1:,} to {done:,}: the loss or the gradient is not finite; no "
-                                f"checkpoint has it: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
-            if args.disp_blocks and not args.contrastive:
-                line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
-            rate = (done - logged) * args.batch / (time.time() - since)
-            line |= {"images/s": rate, "TFLOP/s": rate * flops / 1e12}
-            if device.type == "cuda":
-                line["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-            if held_out and is_ckpt:  # the loss of up to 2,048 images, 64 at a time
-                count, held_out_loss = min(2048, len(held_out)), torch.zeros((), device=device)
-                for begin in range(0, count, 64)[rank::world]:
-                    held_out_loss += losses.evaluate(ema, held_out, np.arange(begin, min(begin + 64, count)))[0]
-                line["val"] = means(dict(val=held_out_loss), world)["val"] * world / count
-            if rank == 0 and is_sample:
+        # what is due, the checkpoint last: a run that is killed before it does the rest again
+        done, stopped_by = step + 1, max_over_ranks(max(signals, default=0), cpu_group)
+        due = lambda every: every and (done % every == 0 or done == steps)
+        if not (stopped_by or any(map(due, (args.log_every, args.ckpt_every, args.sample_every, args.snapshot_every)))):
+            continue
+        line = {name: value / (done - logged) for name, value in means(sums, world).items()}
+        if not all(map(math.isfinite, line.values())):
+            raise UserError(f"steps {logged + 1:,} to {done:,}: the loss or the gradient is not finite; no checkpoint "
+                            f"has it: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
+        if args.disp_blocks and not args.contrastive:
+            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
+        rate = (done - logged) * args.batch / (time.time() - since)
+        line |= {"images/s": rate, "TFLOP/s": rate * flops / 1e12}
+        if device.type == "cuda":
+            line["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+        if held_out and due(args.ckpt_every):
+            entries, error = spread(held_out, 2048), torch.zeros((), device=device)
+            for begin in range(0, len(entries), 64)[rank::world]:
+                error += losses.evaluate(ema, held_out, entries[begin:begin + 64])[0]
+            line["val"] = means(dict(error=error), world)["error"] * world / len(entries)
+        if rank == 0:
+            if due(args.sample_every):
                 line |= picture(losses, ema, out / "samples" / f"{done:07d}.png", decode, device)
-            if rank == 0:
-                show = lambda value: " ".join(f"{v:.4g}" for v in np.ravel(value))
-                values = "  ".join(f"{name} {show(value)}" for name, value in line.items())
-                left = clock((steps - done) * args.batch / rate)
-                print(f"step {done:,}/{steps:,}  {values}  left {left}", flush=True)
-                with naming(log), open(log, "a") as file:
-                    file.write(json.dumps(dict(step=done, **line)) + "\n")
-                if args.wandb:
-                    board.log(line, step=done)
-            if rank == 0 and is_snapshot:
+            show = lambda value: " ".join(f"{v:.4g}" for v in np.ravel(value))
+            values = "  ".join(f"{name} {show(value)}" for name, value in line.items())
+            left = clock((steps - done) * args.batch / rate)
+            print(f"step {done:,}/{steps:,}  {values}  left {left}", flush=True)
+            with naming(log), open(log, "a") as file:
+                file.write(json.dumps(dict(step=done, **line)) + "\n")
+            if args.wandb:
+                board.log(line, step=done)
+            if due(args.snapshot_every):
                 with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
                     torch.save(dict(ema=ema.state_dict(), step=done, config=config), file)
-            if rank == 0 and is_ckpt:
+            if stopped_by or due(args.ckpt_every):
                 save(out, done, config, parts)
-            sums.clear()
-            logged, since = done, time.time()
-            if stopped_by:
-                break
-        stopped_by = greatest(max(signals, default=0), hosts)  # also what came during the last step
+        sums.clear()
+        logged, since = done, time.time()
+        if stopped_by:
+            break
+    stopped_by = max_over_ranks(max(signals, default=0), cpu_group)  # also what came during the last step
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:
         locked.close()
+        if stopped_by:
+            print(f"{signal.Signals(stopped_by).name}: saved at step {logged:,}; the same command goes on")
+        elif first >= steps:
+            print(f"{out} is at step {first:,} already: nothing to train; more with --steps")
     if stopped_by:
-        barrier()
-        if rank == 0:
-            print(f"{signal.Signals(stopped_by).name}: saved at step {done:,}; the same command goes on")
         sys.exit(128 + stopped_by)
-    if first >= steps and rank == 0:
-        print(f"{out} is at step {first:,} already: nothing to train; more with --steps")
 
 
 @command
@@ -685,11 +691,11 @@ def main(argv=None):
         if args.cache_only:
             return
     data = Data.open("--data", args.data) if args.data else Data(*demo_data())
-    tokens, rest = divmod(data.shape[-1], MODELS[args.model]["patch_size"])
+    side, rest = divmod(data.shape[-1], MODELS[args.model]["patch_size"])
     if rest:
         raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     if args.repa:
-        data.add_features(args.repa, tokens ** 2)
+        data.add_features(args.repa, side ** 2)
     held_out = Data.open("--val", args.val) if args.val else None
     if held_out and (held_out.shape, held_out.classes) != (data.shape, data.classes):
         raise UserError(f"--val {args.val}: its shape or classes differ from the training data's")
