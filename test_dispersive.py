@@ -147,16 +147,6 @@ def test_loss_of_large_bf16_activations_under_autocast_is_that_in_float64(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_pass_gradcheck_and_work_under_vmap_jvp_and_compile(kind):
-    z, other, loss = rn(4, 6, 3, 2).double(), rn(5, 6, 3, 2).double(), functools.partial(dispersive_loss, kind=kind)
-    assert torch.autograd.gradcheck(loss, z.clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda v: contrastive_loss(v, other, kind), z.clone().requires_grad_())
-    close(torch.func.vmap(loss)(torch.stack([z, other])), torch.stack([loss(z), loss(other)]), 1e-12)
-    close(torch.func.jvp(loss, (z,), (other,))[1], (value_and_gradient(loss, z)[1] * other).sum(), 1e-10)
-    assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True)(z), loss(z))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_groups_are_consecutive_samples_averaged(kind):
     parts = [rn(seed, 4, 9) for seed in (6, 7, 8)]
     for function in (lambda z, **o: dispersive_loss(z, kind, **o), mean_distance, effective_rank,
@@ -362,7 +352,7 @@ def test_with_a_sits_weights_a_model_with_a_second_time_computes_what_the_sit_do
 
 class Gaussian(torch.nn.Module):
     """The exact velocity field of data ~ Normal(mu_y, s^2), whose flow maps noise n to mu + s*n."""
-    num_classes, has_null_label, s, calls = 2, True, 0.5, 0
+    s = 0.5
 
     def mean(self, y):
         return torch.tensor([-1.0, 2.0, 0.5], dtype=torch.float64)[y].view(-1, 1, 1, 1)
@@ -378,7 +368,6 @@ class GaussianNoise(Gaussian):
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
     def forward(self, x, t, y):
-        self.calls += len(x)
         abar, mu = self.abar[t.long()].view(-1, 1, 1, 1), self.mean(y)
         eps = (1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)
         return torch.cat([eps, torch.full_like(x, 0.3)], 1)
@@ -397,6 +386,15 @@ def test_deterministic_samplers_converge_to_the_flow_in_their_order(objective, m
     errors = [(objective.sample(model, X, Y, steps, method) - limit).abs().max() for steps in (38, 112, 334)]
     for coarse, fine in zip(errors, errors[1:]):  # of diffusion every i-th step from 0 to 999, for i = 27, 9, 3
         assert abs(math.log(coarse / fine, 3) - order) < 0.35, errors
+
+
+@pytest.mark.parametrize("method, evaluations", [("ddim", 5), ("heun", 9)])
+def test_noise_that_does_not_change_is_taken_away_entirely(method, evaluations):
+    times, abar = [], GaussianNoise.abar[800]  # the first of five steps
+    noisy = lambda x, t, y: times.append(t) or torch.ones_like(x).repeat(1, 2, 1, 1)
+    x = GaussianDiffusion().sample(noisy, X, Y, 5, method)
+    close(x, (X - (1 - abar).sqrt()) / abar.sqrt(), 1e-10)
+    assert len(times) == evaluations
 
 
 def test_sde_steps_are_the_published_formula():
@@ -431,11 +429,6 @@ def test_guidance_has_a_scale_an_interval_and_channels_and_leaves_the_variance(c
     x, log_variance = posterior(chain, 1, noise, *guided(model, noise, 999, y, 3.0, channels or 3).chunk(2, 1))
     x = x + (log_variance / 2).exp() * step_noise[0]
     close(result, posterior(chain, 0, x, *model(x, torch.zeros(2), y).chunk(2, 1))[0], 1e-10)
-    model = GaussianNoise()
-    times = 1 / (1 + (1 / model.abar[::100] - 1).sqrt())  # of the same signal-to-noise ratio on SiT's path
-    times = torch.cat([times, times[:-1]])  # Heun's method looks at the ends of all intervals but the last, too
-    diffusion.sample(model, X, Y, 10, "heun", cfg=2.0, cfg_interval=(0.3, 0.8))
-    assert model.calls == 3 * (19 + ((0.3 <= times) & (times <= 0.8)).sum())
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow()])
@@ -479,12 +472,8 @@ def test_diffusions_noise_learns_from_the_squared_error_alone_and_its_variance_f
 
 def test_diffusion_spacing_is_the_published_one():
     spaced = GaussianDiffusion().spaced
-    for n in (2, 10, 250, 999, 1000):
-        position, steps = 0.0, []
-        for _ in range(n):
-            steps.append(round(position))
-            position += 999 / (n - 1)
-        assert spaced(n, "ddpm") == steps
+    for n in (2, 10, 250, 999, 1000):  # by summation
+        assert spaced(n, "ddpm") == [round(step) for step in np.cumsum([0.0] + (n - 1) * [999 / (n - 1)])]
     assert spaced(250, "ddim") == list(range(0, 1000, 4)) == spaced(250, "heun")
     assert spaced(7, "ddim") == list(range(0, 1000, 143))  # 143 to 166 all give 7
     for n, method in ((1, "ddpm"), (1001, "ddpm"), (1, "ddim"), (65, "heun")):
@@ -502,9 +491,7 @@ def test_training_times_have_the_published_distributions():
     t, r = draw(MeanFlow())
     moves = torch.arange(40000) % 4 == 0
     assert torch.equal(r > t, moves) and torch.equal(r == t, ~moves)
-    a, b = torch.logit(1 - t.double()), torch.logit(1 - r.double())  # in the paper's time
-    assert abs(a.mean() - (1 / math.sqrt(math.pi) - 0.4)) < 0.03  # the mean of the maximum of two normal numbers
-    pair = torch.cat([a[moves], b[moves]])
+    pair = torch.logit(1 - torch.cat([t[moves], r[moves]]).double())  # in the paper's time
     assert abs(pair.mean() + 0.4) < 0.03 and abs(pair.std() - 1) < 0.03
 
 
@@ -538,21 +525,6 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
         close(*(torch.autograd.grad(value.sum(), model.blocks[0].mlp.fc1.weight, retain_graph=True)[0]
                 for value in (loss, slow)), 1e-7)
     close(MeanFlow().loss(model, x, y, t, noise)[0], FlowMatching().loss(model, x, y, t, noise)[0], 1e-12)  # r = t
-
-
-def test_mean_flow_under_bf16_autocast_with_compiled_blocks_trains_every_weight():
-    """Although the target casts the same weights, without gradients."""
-    model, objective, results = random_model(torch.float32, second_time=True), MeanFlow(omega=1.5, kappa=0.5), []
-    x, noise, t, r = images(1, 4, torch.float32), images(2, 4, torch.float32), ru(3, 4) / 2, ru(3, 4)
-    for block in model.blocks:
-        block.compile(backend="eager")
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss, _ = objective.loss(model, x, torch.arange(4), t, noise, r)
-        gradients = torch.autograd.grad(loss.sum(), [p for p in model.parameters() if p.requires_grad])
-        assert loss.dtype == torch.float32 and all(gradient.abs().max() > 0 for gradient in gradients)
-        results.append(torch.cat([loss, *map(torch.flatten, gradients)]))
-    close(*results[::-1], 0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,7 +561,7 @@ def child(folder, main, args, environment, fault):
     with open("log" + os.environ.get("RANK", "0"), "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sample.time = mock.Mock(wraps=time, sleep=lambda seconds: None)  # ranks > 0 would leave the talking to rank 0
+    sample.time = mock.Mock(wraps=time, sleep=lambda seconds: print("sleeps"))
     fault()
     main(args)
 
@@ -928,7 +900,6 @@ def check_by_hand(base, out, flags, **options):
 
 
 @pytest.mark.parametrize("flags, options", [
-    ("", {}),
     ("--disp hinge --disp-blocks 1,3 --disp-group 8 --disp-margin 2 --grad-clip 0.01 --beta2 0.9",
      dict(kind="hinge", blocks=[1, 3], group=8, margin=2.0, clip=0.01, beta2=0.9)),
     ("--disp cosine --disp-tau 0.7 --disp-blocks all --disp-weight 3",
@@ -953,7 +924,7 @@ def test_repa_aligns_block_eight_with_the_features_which_without_mirrors_switch_
         assert ("flips" in capsys.readouterr().out) == (name == "plain")
 
 
-def test_held_out_loss_is_the_emas_on_the_first_2048_images_under_draws_of_its_own(base, capsys):
+def test_held_out_loss_is_the_emas_on_the_first_2048_images_under_draws_of_its_own(base):
     """Neither the seed nor the batch nor later images matter."""
     pixels = np.random.default_rng(0).integers(0, 256, (2060, 3, 16, 16), dtype=np.uint8)
     pixels[2048:] //= 255
@@ -964,9 +935,6 @@ def test_held_out_loss_is_the_emas_on_the_first_2048_images_under_draws_of_its_o
     close(column("b", "val"), column("a", "val"), 1e-5)
     trains("--data", base[1], *NANO, *still, "--out", "c")  # a fresh network says zero
     close(column("c", "val"), [[((pixels[:2048] / 127.5 - 1) ** 2).mean() + 1]], 5e-3)
-    Path(first, "meta.json").write_text(json.dumps(dict(classes=["cat", "cow"], vae="none")))
-    line = fails(train.main, capsys, *base, "--val", first, "--out", "d")
-    assert f"--val {first}: its shape or classes differ" in line
 
 
 def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_label(base, monkeypatch):
@@ -1044,15 +1012,13 @@ def send(which):
     os.kill(os.getpid(), which)
 
 
-def killed_at_renaming(number):
-    """kill -9 when a checkpoint is renamed, counted from 1; one that is just written is cut short."""
+def killed_between_the_renames():
+    """kill -9 when the second checkpoint is about to become ckpt.pt, which the first has just ceased to be."""
     replace, renamed = os.replace, []
 
     def deadly(source, target):
-        renamed.extend([target] * Path(target).name.startswith("ckpt"))
-        if len(renamed) == number:
-            if str(source).endswith(".tmp"):
-                os.truncate(source, os.path.getsize(source) // 2)
+        renamed.extend([target] * (Path(target).name == "ckpt.pt"))
+        if len(renamed) == 2:
             send(signal.SIGKILL)
         replace(source, target)
     os.replace = deadly
@@ -1087,8 +1053,7 @@ def whole(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks, code, said, fault", [
-    (1, -9, "", partial(killed_at_renaming, 3)), (1, -9, "", partial(killed_at_renaming, 5)),
-    (1, -9, "", killed_before_the_picture),
+    (1, -9, "", killed_between_the_renames), (1, -9, "", killed_before_the_picture),
     (1, 130, "SIGINT: saved at step 3", partial(in_step, 2, partial(send, signal.SIGINT))),
     (2, 143, "SIGTERM: saved at step [34]", partial(in_step, 2, partial(send, signal.SIGTERM), 1)),
     (1, 2, "step.* 3:.* not finite.*--lr", partial(in_step, 2, sick)),
@@ -1155,15 +1120,10 @@ def test_a_second_signal_a_second_later_exits_at_once_and_a_dead_run_locks_nobod
 
 def test_torchrun_restarts_from_the_last_checkpoint(base):
     Path("run.py").write_text(
-        "import os, train\n"
-        f"train.MODELS['SiT-nano/8'] = {MODELS['SiT-nano/8']}\n"
-        "update = train.Trainer.update\n"
-        "def killed_once(self, step, *batch):\n"
-        "    if (step, os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == (3, '1', '0'):\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    update(self, step, *batch)\n"
-        "train.Trainer.update = killed_once\n"
-        "train.main()\n")
+        f"import os, {__name__} as test\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    test.in_step(3, test.partial(test.send, 9), rank=1)\n"
+        "test.train.main()\n")
     args = [*base, "--ckpt-every", 2, "--steps", 5, "--out"]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1 run.py".split()
     done = subprocess.run([sys.executable, *torchrun, *map(str, args), "run"], capture_output=True, text=True)
@@ -1259,18 +1219,13 @@ BAD_FLAGS = [
     ("--batch 0", "--batch: "), ("--stepz 3", "--stepz")]
 
 
-def as_patient_as_ever():
-    sample.time = time
-
-
 def test_bad_flags_are_one_line_each_and_once_on_two_ranks(base, little, capsys):
     for flags, words in BAD_FLAGS:
         assert words in fails(train.main, capsys, "--model", "SiT-nano/8", *flags.split())
         assert not Path("out").exists()
-    first, second = launch("--batch", 33, ranks=2, fault=as_patient_as_ever)
-    first.join(60)  # with which torchrun would stop the second, too
-    assert first.exitcode == 2 and re.fullmatch(r"train: error: --batch 33.* 2 rank\(s\).*\n", Path("log0").read_text())
-    assert not Path("log1").read_text()
+    assert ends(launch("--batch", 33, ranks=2)) == [2, 2]
+    assert re.fullmatch(r"train: error: --batch 33.* 2 rank\(s\).*\n", Path("log0").read_text())
+    assert "sleeps" in Path("log1").read_text()  # until torchrun stops it, since rank 0 has ended
 
 
 def test_damaged_and_hostile_inputs_are_one_line_each(base, photos, little, capsys):
@@ -1436,8 +1391,6 @@ def test_samples_depend_on_seed_and_index_alone(ckpts, sampling, tmp_path, monke
     sampling("pngs", "--classes", "dog,0,dog")
     image = np.asarray(Image.open(tmp_path / "pngs" / "000005.png")).astype(int)  # its label is 1 here, too
     assert np.abs(image - one["arr_0"][5]).max() <= 1
-    names = "few.npz few.png one.npz one.png pngs pngs.png two.npz two.png"
-    assert sorted(path.name for path in tmp_path.iterdir()) == names.split()
 
 
 @pytest.mark.parametrize("suffix", [".npz", ""])
@@ -1463,13 +1416,11 @@ def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch)
 
 def test_what_exists_is_refused_before_any_work(sampling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "generate", None)
-    (tmp_path / "folder").mkdir()
     for name in ("x.npz", "y.png"):
         (tmp_path / name).write_text("mine")
-    for name, exists in (("folder", "folder"), ("x.npz", "x.npz"), ("y.npz", "y.png"), ("y", "y.png")):
-        line = fails(lambda argv: sampling(name), capsys)
-        assert line.startswith(f"sample: error: {tmp_path / exists}: exists already")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.npz", "y.png"]
+    for name, exists in (("x.npz", "x.npz"), ("y.npz", "y.png"), ("y", "y.png")):
+        assert f"{tmp_path / exists}: exists already" in fails(lambda argv: sampling(name), capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "y.png"]
 
 
 def test_runs_that_differ_never_mix(ckpts, sampling, tmp_path, monkeypatch):
@@ -1491,16 +1442,13 @@ def test_a_run_that_finishes_second_does_not_overwrite(name, sampling, tmp_path,
     first, real = [], sample.generate
 
     def generate(*args, **options):
-        if not first:
-            first.append(True)
-            sampling(name, "--seed", 1)
-            first.extend([content(tmp_path / name), content(tmp_path / "x.png")])
-            capsys.readouterr()
+        monkeypatch.setattr(sample, "generate", real)
+        sampling(name, "--seed", 1)
+        first.extend([content(tmp_path / name), content(tmp_path / "x.png")])
         return real(*args, **options)
     monkeypatch.setattr(sample, "generate", generate)
-    monkeypatch.setattr(sample.Progress, "update", lambda *args: None)
     assert f"{name}: exists already" in fails(lambda argv: sampling(name), capsys)
-    assert first[1:] == [content(tmp_path / name), content(tmp_path / "x.png")]
+    assert first == [content(tmp_path / name), content(tmp_path / "x.png")]
 
 
 def generating():
@@ -1618,19 +1566,21 @@ def write_safetensors(path, state):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path):
-    state, old = {name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}, {}
-    for name, tensor in state.items():
-        for new, spelling in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
-            if f".attentions.0.{new}." in name:  # older files have 1x1 convolutions
-                name, tensor = name.replace(new, spelling), tensor[..., None, None] if tensor.ndim == 2 else tensor
-        old[name] = tensor
+def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path, monkeypatch):
+    state, old, loaded = {}, {}, []
+    for name, tensor in vae.state_dict().items():
+        if ".attentions." in name:
+            state[name] = tensor.bfloat16()
+            for new, spelling in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+                name = name.replace(new, spelling)  # older files have 1x1 convolutions
+            old[name] = tensor.bfloat16()[..., None, None] if tensor.ndim == 2 else tensor.bfloat16()
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in old
     torch.save(old, tmp_path / "old.bin")
     write_safetensors(tmp_path / "new.safetensors", state)
+    monkeypatch.setattr(sample, "load_weights", lambda module, state, path: loaded.append(state))
     for path in tmp_path.iterdir():
-        loaded = sample.VAE(path).state_dict()
-        assert all(torch.equal(loaded[name], state[name].float()) for name in state)
+        sample.VAE(path)
+    assert same(loaded, [state, state])
 
 
 def test_published_vaes_are_fetched_under_names_of_their_own_and_failure_names_file_url_and_flag(tmp_path, monkeypatch):
@@ -1681,10 +1631,8 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
 
 def test_only_what_the_user_can_mend_is_caught(capsys):
     for error, code in ((UserError("two\nlines"), 2), (KeyboardInterrupt(), 130), (OSError("bug"), None)):
-        def main(argv=None):
-            raise error
         with pytest.raises(SystemExit if code else OSError) as stop:
-            sample.command(main)([])
+            sample.command(mock.Mock(side_effect=error, __module__="sample"))([])
         assert code is None or stop.value.code == code
         assert capsys.readouterr().err.count("\n") == (code is not None)
 
@@ -1708,8 +1656,6 @@ def test_images_of_any_format_are_rgb_and_16_bit_grey_keeps_its_contents(tmp_pat
     deep.convert("F").save(tmp_path / "float.tiff")
     with pytest.raises(sample.UnreadableImage, match="float.tiff: not a readable image .*floats"):
         sample.read_image(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match="nowhere: No such file"):
-        sample.list_images(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1905,7 +1851,6 @@ def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp
     before = mu.read_bytes()
     with mock.patch.object(fid, "measure", side_effect=AssertionError("work began")):
         assert "File exists" in fails(run_fid, capsys, sides / "a", sides / "b", "--save", mu)
-        assert "none/x: No such file" in fails(run_fid, capsys, sides / "a", sides / "b", "--save", "none/x")
     with mock.patch.object(np, "savez", side_effect=OSError(28, "No space left")), pytest.raises(SystemExit):
         run_fid([mu, mu, "--save", tmp_path / "new.npz"])
     out, err = capsys.readouterr()
@@ -1923,8 +1868,6 @@ def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
     refuses("not a folder or a readable .npz archive .*No such file")
     bad.write_bytes(whole[:len(whole) // 2])
     refuses("not a zip file")
-    bad.write_bytes(whole[:999] + bytes([whole[999] ^ 255]) + whole[1000:])  # met by the loader's worker
-    refuses("CRC")
     for array in (np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.uint8, "F"), np.array([print, 1])):
         np.savez(bad, array)
         refuses("arr_0 is .* expected uint8")
