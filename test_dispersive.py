@@ -983,7 +983,6 @@ def test_everything_at_once_on_two_ranks_that_accumulate_equals_one_process(base
     assert ends(two) == [0, 0]
     nearly_same("two", "one", "loss", "disp", "repa", "distance")
     close(column("two", "val"), column("one", "val"), 1e-4)
-    assert sorted(path.name for path in Path("two/snapshots").iterdir()) == ["0000002.pt", "0000004.pt"]
     snapshot = torch.load("two/snapshots/0000004.pt", weights_only=True)
     assert same(snapshot["ema"], weights("two", "ema"))
     args = [*base, "--objective", "meanflow", "--disp", "none", "--batch", 12, "--steps", 2, "--out"]
@@ -1616,14 +1615,15 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
     Path("text.safetensors").write_text("no file of ours")
     write_safetensors(Path("cut.safetensors"), {"w": torch.ones(4)})
     os.truncate("cut.safetensors", os.path.getsize("cut.safetensors") - 1)
-    torch.save({"w": 1}, "numbers.pt")
+    torch.save({"w": 1}, "no state dict.pt")
     torch.save({"ema": Runs()}, "would run code.pt")
     torch.save({"ema": Runs()}, "would run code.old.pt", _use_new_zipfile_serialization=False)
     for path in sorted(Path().iterdir()):
         with pytest.raises(UserError) as error:
             sample.load_file(path)
-        assert str(error.value).startswith(f"{path}: not a readable weights file") and "\n" not in str(error.value)
-        assert path.suffix != ".pt" or path.name.split(".")[0] in str(error.value)
+        beginning, reason = str(error.value).split(" (", 1)
+        assert beginning == f"{path}: not a readable weights file" and "\n" not in reason
+        assert path.suffix != ".pt" or path.name.split(".")[0] in reason
     assert not Path("owned").exists()
     torch.load("would run code.pt", weights_only=False)
     assert Path("owned").exists()  # the trap works
@@ -1763,6 +1763,7 @@ def test_frechet_distance_is_the_matrix_root_one(counts):
     root = scipy.linalg.sqrtm(root1 @ sigma2 @ root1 + 1e-13 * np.eye(24))
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root).real
     assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
+    assert 0 <= fid.frechet_distance(mu1, sigma1, mu1, sigma1) < 1e-12 * np.trace(sigma1)
 
 
 def test_frechet_distance_in_closed_form():
