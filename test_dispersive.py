@@ -1061,6 +1061,7 @@ def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, cod
     args, reference = [*whole[0], "run"], whole[1]
     assert ends(launch(*args, ranks=ranks, fault=fault)) == [code] * ranks
     assert re.search(said, Path("log0").read_text())
+    assert "saved at" not in said or weights("run", "step") > 2
     with open("run/log.jsonl", "a") as file:
         file.write('{"step": 2, "lo')  # a line cut short
     assert ends(launch(*args, ranks=ranks, fault=partial(in_step, 0, partial(send, 9)))) == [0] * ranks  # no new start
@@ -1840,8 +1841,8 @@ def test_size_crops_folders_as_training_does(sides, tmp_path, capsys):
 
 def test_two_ranks_give_the_result_of_one(sides, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one = numbers_of(capsys, sides / "a", sides / "b.npz")
-    assert ends(launch(sides / "a", sides / "b.npz", *FID_FLAGS, main=fid.main, ranks=2)) == [0, 0]
+    one = numbers_of(capsys, sides / "a.npz", sides / "b")
+    assert ends(launch(sides / "a.npz", sides / "b", *FID_FLAGS, main=fid.main, ranks=2)) == [0, 0]
     two = json.loads(Path("log0").read_text().splitlines()[-1].replace('"random"', "0"))
     assert two == pytest.approx(one, rel=1e-6) and "FID" not in Path("log1").read_text()
 
