@@ -1237,7 +1237,7 @@ def test_damaged_and_hostile_inputs_are_one_line_each(base, photos, little, caps
         "data/latents.npy": [npy_bytes(48, 3, 16, 8, dtype=np.uint8), npy_bytes(48, 3, 16, 16), pickled],
         "data/labels.npy": [npy_bytes(47, dtype=int), torch_bytes(whole), pickled],
         "data/meta.json": [b"[]", b'{"classes": 3, "vae": "none"}', b"\xff"],
-        "features.npy": [npy_bytes(48, 4, 6), npy_bytes(48, 2, 4, 6, dtype=int), pickled],
+        "features.npy": [npy_bytes(48, 2, 5, 6), npy_bytes(48, 2, 4, 6, dtype=int), pickled],
         "init.pt": [torch_bytes({**whole, "pos_embed": torch.zeros(1)}), torch_bytes([1]),
                     torch_bytes({"ema": Runs()})]}
     args = [*NANO, "--data", "data", "--steps", 1, "--repa", "features.npy", "--init", "init.pt"]
