@@ -433,7 +433,7 @@ def posterior(chain, k, x_t, eps, v):
 def discretized_log_likelihood(x, mean, log_std):
     """Log-probability under Normal(mean, std^2) of 8-bit grey levels x in [-1, 1]: bins of 2/255, open at the ends."""
     edges = torch.stack([x - mean - 1 / 255, x - mean + 1 / 255]) * torch.exp(-log_std)
-    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (edges + 0.044715 * edges ** 3))  # a normal CDF, nearly
+    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (edges + 0.044715 * edges ** 3))  # normal CDF
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
 
