@@ -370,7 +370,8 @@ def command(main):
             main(argv)
         except (UserError, KeyboardInterrupt) as error:
             rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
-            time.sleep(5 + rank if rank else 0)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
+            if rank > 0:
+                time.sleep(5 + rank)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
             print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, UserError) else 130)
         barrier()  # the other ranks may still need this one
@@ -505,7 +506,7 @@ def load_file(path):
             with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in published files
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in weights_in(state).items()):
-            raise ValueError("it holds no dict of tensors")
+            raise ValueError("it holds no state dict")
     return state
 
 

@@ -744,12 +744,12 @@ def test_killed_while_caching_two_ranks_go_on_with_what_is_not_done(base, photos
 def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
     shutil.copytree(photos, "photos")
     args = caching("photos/images", "photos/cache")
-    assert "--size 16" in fails(train.main, capsys, *args, "--size", 24)
-    assert "--vae none" in fails(train.main, capsys, *args, "--vae", "mse")
+    for flag, value in (("--size", 24), ("--vae", "mse")):
+        assert "cache: was begun with another --size or --vae" in fails(train.main, capsys, *args, flag, value)
     os.rename("photos/images/cat/00.jpg", "photos/images/cat/new.jpg")
-    assert "--images 48" in fails(train.main, capsys, *args)
+    assert "or other images" in fails(train.main, capsys, *args)
     os.remove("photos/cache/meta.json")
-    assert "another directory" in fails(train.main, capsys, *args)
+    assert "name another" in fails(train.main, capsys, *args)
     assert Path("photos/cache/latents.npy").read_bytes() == (photos / "cache/latents.npy").read_bytes()
 
 
@@ -859,11 +859,11 @@ def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce"
         total = 768 * error / (768 * error.detach() + 0.01) if meanflow else error
         total = total.mean()
         if view:  # of its own noise and time, or of the same noise and a time within 0.005 (five of 1000 steps)
-            t2 = objective.times(32, train.stream(0, step, "time2", CPU))
+            t2 = objective.times(32, train.stream(0, step, "second time", CPU))
             t2 = t2[0] if meanflow else t2  # with r = t
-            noise2 = draw(torch.randn, "noise2", 3, 16, 16)
+            noise2 = draw(torch.randn, "second noise", 3, 16, 16)
             if view == "dependent":
-                t2 = (t + 0.005 * last * (2 * draw(torch.rand, "time2") - 1)).clamp(0, last)
+                t2 = (t + 0.005 * last * (2 * draw(torch.rand, "shift") - 1)).clamp(0, last)
                 t2, noise2 = t2.round().long() if last > 1 else t2, noise
             _, z_pos = objective.loss(net, x, y, t2, noise2, blocks=blocks)
             values["disp"] = sum(contrastive_loss(a, b, kind, group=group) for a, b in zip(z, z_pos)) / len(z)
@@ -920,17 +920,18 @@ def test_repa_aligns_block_eight_with_the_features_of_image_or_mirror_image(base
                   kind="none", blocks=[8], features=features, weight=0.7)
 
 
-def test_held_out_loss_is_the_emas_on_the_first_2048_images_under_draws_of_its_own(base, capsys):
-    """Neither the seed nor the batch nor later images matter."""
-    pixels = np.random.default_rng(0).integers(0, 256, (2060, 3, 16, 16), dtype=np.uint8)
-    pixels[2048:] //= 255
-    longer, first = data_folder("longer", pixels), data_folder("first", pixels[:2048])
-    trains(*base, "--lr", 1e-2, "--steps", 2, "--val", longer, "--out", "a")
-    still = ["--lr", 0, "--steps", 1, "--val", first, "--disp", "none"]
+def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(base, capsys):
+    """Neither the seed nor the batch nor the images between them matter."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4095, 3, 16, 16), dtype=np.uint8)
+    data_folder("val", pixels)
+    trains(*base, "--lr", 1e-2, "--steps", 2, "--val", "val", "--out", "a")
+    pixels[1::2] //= 255
+    np.save("val/latents.npy", pixels)
+    still = ["--lr", 0, "--steps", 1, "--val", "val", "--disp", "none"]
     trains(*base, *still, "--seed", 5, "--batch", 16, "--init", "a/ckpt.pt", "--out", "b")
     close(column("b", "val"), column("a", "val"), 1e-5)
     trains("--data", base[1], *NANO, *still, "--out", "c")  # a fresh network says zero
-    close(column("c", "val"), [[((pixels[:2048] / 127.5 - 1) ** 2).mean() + 1]], 5e-3)
+    close(column("c", "val"), [[((pixels[::2] / 127.5 - 1) ** 2).mean() + 1]], 5e-3)
     small = data_folder("small", pixels[:2, :, :8, :8])
     assert "--val small: its shape or classes differ" in fails(train.main, capsys, *base, "--val", small)
 
@@ -1622,8 +1623,8 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
     write_safetensors(Path("cut.safetensors"), {"w": torch.ones(4)})
     os.truncate("cut.safetensors", os.path.getsize("cut.safetensors") - 1)
     torch.save({"w": 1}, "no state dict.pt")
-    torch.save({"ema": Runs()}, "would run code.pt")
-    torch.save({"ema": Runs()}, "would run code.old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"ema": Runs()}, "Weights only load failed.pt")
+    torch.save({"ema": Runs()}, "Weights only load failed.old.pt", _use_new_zipfile_serialization=False)
     for path in sorted(Path().iterdir()):
         with pytest.raises(UserError) as error:
             sample.load_file(path)
@@ -1631,7 +1632,7 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
         assert beginning == f"{path}: not a readable weights file" and "\n" not in reason
         assert path.suffix != ".pt" or path.name.split(".")[0] in reason
     assert not Path("owned").exists()
-    torch.load("would run code.pt", weights_only=False)
+    torch.load("Weights only load failed.pt", weights_only=False)
     assert Path("owned").exists()  # the trap works
 
 

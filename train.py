@@ -201,7 +201,7 @@ def cache_images(args, rank, world, device):
             locked = lock(target / ".lock")
             before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
             if before != meta and (before or array.exists()):
-                raise UserError(f"--data {target}: was begun with other images, --size or --vae; name another one")
+                raise UserError(f"--data {target}: was begun with another --size or --vae or other images; name another")
             if not array.exists():
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
