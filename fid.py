@@ -28,7 +28,7 @@ NEEDS = {"FID": "images or mu and sigma on both sides", "sFID": "images or mu_s 
          "IS": "images as samples", "IS spread": "images as samples",
          **dict.fromkeys(["precision", "recall"], f"4 to {MOST_NEIGHBOURS:,} images on both sides")}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # The network
 
 
@@ -159,7 +159,7 @@ class Inception(nn.Module):
             return pool, spatial, pool @ self.fc.weight.T
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # The metrics
 
 
@@ -240,7 +240,7 @@ def precision_recall(real, fake, k=3):
     return precise / len(fake), recalled.sum().item() / len(real)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Images and statistics. A side is a Folder, Pixels or an Archive: `count` images (perhaps 0) of `size` (width, height),
 # of which `read(first, last)` gives some as uint8 (B, 3, height, width), and `statistics`, arrays under ADM's names.
 
@@ -360,7 +360,7 @@ def measure(side, network, batch_size, rank, world):
     return dict(zip(["mu", "sigma", "mu_s", "sigma_s"], values)), pools, logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # The command line
 
 

@@ -35,7 +35,7 @@ from dispersive import MODELS, FlowMatching, GaussianDiffusion, MeanFlow, build_
 OBJECTIVES = {"flow": FlowMatching, "diffusion": GaussianDiffusion, "meanflow": MeanFlow}
 PATIENCE = datetime.timedelta(hours=12)  # of ranks for each other, as when one writes a large file
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # Sampling
 
 
@@ -50,13 +50,11 @@ def default_dtype(device):
 
 
 def compile_blocks(net, wanted, device):
-    """torch.compile every block by itself, so that one compilation serves all, by default on GPUs -> whether it did."""
-    compiled = device.type == "cuda" if wanted is None else wanted
-    if compiled:
+    """torch.compile every block by itself, so that one compilation serves all: by default (None) on GPUs."""
+    if device.type == "cuda" if wanted is None else wanted:
         torch._dynamo.config.optimize_ddp = False  # it would cut each block where a bucket of gradients ends
         for block in net.blocks:
             block.compile(dynamic=False)
-    return compiled
 
 
 def load_model(path, name=None):
@@ -223,7 +221,7 @@ def main(argv=None):
     print(f"wrote {out} and {grid}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # The VAE of Stable Diffusion. Its tensors are named as in diffusers' AutoencoderKL, so that the published files fit.
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
@@ -329,7 +327,7 @@ def rename_attention(state):
     return {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 # What the three command lines share: errors, processes, progress, and files
 
 

@@ -201,7 +201,7 @@ def cache_images(args, rank, world, device):
             locked = lock(target / ".lock")
             before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
             if before != meta and (before or array.exists()):
-                raise UserError(f"--data {target}: was begun with another --size or --vae or other images; name another")
+                raise UserError(f"--data {target}: begun with another --size or --vae or other images; name another")
             if not array.exists():
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
@@ -554,7 +554,7 @@ def train(args, data, held_out, rank, world, device):
     args.dtype = args.dtype or default_dtype(device)
     losses = Losses(args, data, device).to(device)
     net, ema = losses.net, copy.deepcopy(losses.net).requires_grad_(False)
-    compiled = compile_blocks(net, args.compile, device)
+    compile_blocks(net, args.compile, device)
     weights = [p for p in losses.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
     parallel, cpu_group = losses, None
@@ -589,10 +589,9 @@ def train(args, data, held_out, rank, world, device):
         raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        print(f"{args.model}, {args.objective}, --disp {args.disp} on blocks {args.disp_blocks}\n"
-              f"{args.data or 'drawn demo'}: {len(data):,} of {'x'.join(map(str, data.shape))}, {len(data.classes)} "
-              f"classes; {steps:,} steps of {args.batch}, {steps * args.batch / len(data):.1f} epochs\n"
-              f"{world} x {name}, {args.dtype}{', compiled' if compiled else ''}, {micro} at a time", flush=True)
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}; {len(data):,} images or latents "
+              f"{data.shape}; {steps:,} steps of {args.batch}, {steps * args.batch / len(data):.1f} epochs; "
+              f"{world} x {name}, {args.dtype}", flush=True)
         # what the log holds beyond the checkpoint will be logged again
         lines = log.read_text().splitlines() if log.exists() else []
         lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
