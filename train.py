@@ -549,6 +549,16 @@ def flops_per_image(args, shape):
 
 
 def train(args, data, held_out, rank, world, device):
+    # the batch: each rank takes its share, in passes of `micro` samples
+    share = args.batch // world
+    micro, group = args.micro or max(1, share), args.disp_group if args.disp_blocks else 1
+    if args.batch % (world * micro) or micro % group:
+        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, and --micro "
+                        f"of --disp-group, {group} (1 without dispersion)")
+    mine = slice(rank * share, (rank + 1) * share)
+    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
+    flops = flops_per_image(args, data.shape) / world
+
     # the model, its EMA and the optimiser
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or default_dtype(device)
@@ -562,16 +572,6 @@ def train(args, data, held_out, rank, world, device):
         parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
         cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
-
-    # the batch: each rank takes its share, in passes of `micro` samples
-    share = args.batch // world
-    micro, group = args.micro or max(1, share), args.disp_group if args.disp_blocks else 1
-    if args.batch % (world * micro) or micro % group:
-        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, and --micro "
-                        f"of --disp-group, {group} (1 without dispersion)")
-    mine = slice(rank * share, (rank + 1) * share)
-    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
-    flops = flops_per_image(args, data.shape) / world
 
     # the run, new or continued
     out, log = Path(args.out), Path(args.out, "log.jsonl")
