@@ -32,7 +32,7 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     if kind == "covariance":
         z = standardize(z)
         return mean_off_diagonal(z, z).mean()
-    D = distances(z, z, kind)
+    D = distances(z, kind)
     if kind == "hinge":
         return (margin - D).relu().square().mean()
     return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D.shape[-2] * D.shape[-1])
@@ -54,8 +54,8 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
         z, z_pos = standardize(z), standardize(z_pos)
         diagonal = (z * z_pos).mean(-2)
         return (1 - diagonal).square().mean() + cov_weight * mean_off_diagonal(z, z_pos).mean()
-    D = distances(z, z_pos, kind)
-    positive = D.diagonal(dim1=-2, dim2=-1)
+    D = distances(torch.cat([z, z_pos], 1), kind)[:, :z.shape[1], z.shape[1]:]
+    positive = diagonal_of(D)
     if kind == "hinge":
         return positive.square().mean() + (margin - D).relu().square().mean()
     return (positive / tau + (-D / tau).logsumexp(-1)).mean()
@@ -87,8 +87,8 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
 def mean_distance(z, group=None):
     """Mean of |z_i - z_j|^2 / dim over all pairs i != j of samples of z (B, ...), a scalar tensor."""
     z = split_groups(z, group)
-    squares = (z - z.mean(-2, keepdim=True)).square().sum(-2)
-    return 2 * squares.mean() / (z.shape[-2] - 1)  # twice the unbiased variance
+    norms = torch.linalg.vector_norm(z - z.mean(-2, keepdim=True), dim=-1)
+    return 2 * norms.square().sum() / z[:, 1:].numel()  # twice the unbiased variance
 
 
 @torch.no_grad()
@@ -98,8 +98,7 @@ def effective_rank(z, group=None):
     exp of the entropy of the normalised eigenvalues of the centred Gram matrix (Roy & Vetterli 2007).
     """
     z = split_groups(z, group)
-    z = z - z.mean(-2, keepdim=True)
-    eigenvalues = torch.linalg.eigvalsh(inner_products(z, z)).clamp(min=0)
+    eigenvalues = torch.linalg.eigvalsh(gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
     total = eigenvalues.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)  # a collapsed group has rank 1
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
@@ -119,22 +118,27 @@ def split_groups(z, group):
     return z.reshape(len(z) // n, n, -1).to(torch.promote_types(z.dtype, torch.float32))
 
 
-def inner_products(a, b):
-    """a @ b.mT, (G, n, dim) each -> (G, n, n), without autocast, which would round to 16 bits."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b.mT
+def gram(z):
+    """z @ z.mT, (G, n, dim) -> (G, n, n), without autocast, which would round to 16 bits."""
+    # the sum over up to 64 slices of the features, since a GPU is slow at few small products of such long rows
+    z = z.unflatten(-1, (math.gcd(z.shape[-1], 64), -1)).transpose(-3, -2)
+    with torch.autocast(z.device.type, enabled=False):
+        return (z @ z.mT).sum(-3)
 
 
-def distances(a, b, kind):
-    """D of every row of a to every row of b, (G, n, dim) each -> (G, n, n)."""
+def diagonal_of(x):
+    """(G, n, n) -> (G, n). Tensor.diagonal can have wrong gradients when torch.compile 2.13 works for a CPU."""
+    return (x * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).sum(-1)
+
+
+def distances(z, kind):
+    """D between all rows of z (G, n, dim) -> (G, n, n)."""
     if kind == "cosine":
-        normalize = torch.nn.functional.normalize
-        return -inner_products(normalize(a, dim=-1), normalize(b, dim=-1))
+        return -gram(torch.nn.functional.normalize(z, dim=-1))
     # |a|^2 + |b|^2 - 2ab loses its digits when all rows are far from zero, and a common shift changes no distance
-    shift = b.mean(-2, keepdim=True).detach()
-    a, b = (a - shift,) * 2 if a is b else (a - shift, b - shift)  # the same is shifted once
-    squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
-    return (squares - 2 * inner_products(a, b)) / a.shape[-1]
+    products = gram(z - z.mean(-2, keepdim=True).detach())
+    squares = diagonal_of(products)
+    return (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
 
 
 def standardize(z):
@@ -146,12 +150,10 @@ def standardize(z):
 
 def mean_off_diagonal(a, b):
     """mean_{m != n} C_mn^2 of the correlations C = a^T b / n of standardised a and b, (G, n, dim) each -> (G,)."""
-    # C is dim x dim, far too large: dim is tokens x channels. But its sum of squares needs only n x n matrices:
-    #     sum_mn C_mn^2 = trace(C^T C) = trace(b^T a a^T b) / n^2
-    #                   = trace(a a^T b b^T) / n^2              since factors can be rotated inside a trace
-    #                   = sum_ij (a a^T)_ij (b b^T)_ij / n^2    since both are symmetric
+    # C is dim x dim, far too large, but its sum of squares needs only n x n matrices. Factors rotate inside a trace:
+    # sum_mn C_mn^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2 = sum_ij (a a^T)_ij (b b^T)_ij / n^2
     n, dim = a.shape[-2:]
-    everything = (inner_products(a, a) * inner_products(b, b)).sum((-2, -1)) / n ** 2
+    everything = (gram(a) * gram(b)).sum((-2, -1)) / n ** 2
     diagonal = (a * b).mean(-2).square().sum(-1)
     return (everything - diagonal) / (dim * (dim - 1))
 
@@ -170,8 +172,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None] * frequencies
-        sinusoids = torch.cat([angles.cos(), angles.sin()], -1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
 
 
 def position_embedding(dim, side):
@@ -577,8 +578,7 @@ class MeanFlow:
         channels = x_t.shape[1]
         if (self.omega, self.kappa) != (1, 0):
             null = null_labels(net, y)
-            twice = torch.cat([t, t])
-            out = net(torch.cat([x_t, x_t]), twice, torch.cat([y, null]), twice)
+            out = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]), torch.cat([t, t]))
             cond, uncond = out[:, :channels].chunk(2)
             guided = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
             applies = (self.interval[0] <= t) & (t <= self.interval[1]) & (y != null)
