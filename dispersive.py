@@ -121,7 +121,7 @@ def split_groups(z, group):
 def gram(z):
     """z @ z.mT, (G, n, dim) -> (G, n, n), without autocast, which would round to 16 bits."""
     # the sum over up to 64 slices of the features, since a GPU is slow at few small products of such long rows
-    z = z.unflatten(-1, (math.gcd(z.shape[-1], 64), -1)).transpose(-3, -2)
+    z = z.unflatten(-1, (math.gcd(z.shape[-1], 64), -1)).transpose(-3, -2).contiguous()
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.mT).sum(-3)
 

@@ -25,8 +25,6 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared, and ranks started, which one GPU cannot hold
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -43,6 +41,7 @@ from dispersive import (KINDS, MODELS, DiT, FlowMatching, GaussianDiffusion, Mea
                         repa_loss, repa_projector)
 from sample import UserError
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks are started, too many for one GPU, and bits compared
 torch.set_num_threads(1)  # the work is small, and threads that wait for each other crawl on a busy machine
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "shared" / "golden"
@@ -197,8 +196,10 @@ def test_impossible_groups_kinds_and_views_are_clear_errors():
             function(*inputs)
 
 
-def test_the_section_of_the_losses_can_be_pasted_alone_and_works_under_vmap_jvp_and_compile():
+def test_the_losses_can_be_pasted_alone_and_work_under_vmap_jvp_and_compile():
     names, z, other = {"math": math, "torch": torch}, rn(1, 8, 4), rn(2, 8, 4)
+    exec(re.search(r"```python\n(import .*?)```", (HERE / "README.md").read_text(), re.S)[1], names)
+    close(names["dispersive_loss"](z), dispersive_loss(z), 1e-5)
     exec("#" + (HERE / "dispersive.py").read_text().split("# Losses.")[1].split("# Transformer")[0], names)
     for kind in KINDS:
         loss = functools.partial(names["dispersive_loss"], kind=kind)
@@ -809,8 +810,7 @@ def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     data = train.Data.open("--data", data_folder("data", moments, [0, -1, 1, 0, 1, 0], "ema"))
     x, labels = data.read(np.array([4, 1]), np.array([False, True]))
     expected = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32))
-    noise = rn(1, 2, 4, 4, 4)
-    close(data.prepare(x, noise), expected[:, :4] + expected[:, 4:] * noise, 1e-6)
+    close(data.prepare(x, 3.0), expected[:, :4] + 3 * expected[:, 4:], 1e-6)
     assert data.shape == (4, 4, 4) and len(data) == 5 and labels.tolist() == [0, 1]
 
 
@@ -818,19 +818,17 @@ def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(
     (images, labels, names), (again, _, _) = train.demo_data(40), train.demo_data(40)
     assert np.array_equal(images, again) and images.dtype == np.uint8 and images.shape == (40, 3, 16, 16)
     assert np.bincount(labels).tolist() == [4] * 10 and len(names) == 10
-    assert len({image.tobytes() for image in images}) == 40
     for world, batch in ((1, 32), (2, 32), (8, 128)):  # groups of 16 on every rank
         monkeypatch.setenv("WORLD_SIZE", str(world))
         assert train.parse([]).batch == batch and train.parse(["--batch", "48"]).batch == 48
 
 
-def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
+def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little):
     trains("--model", "SiT-nano/4", "--steps", 60, "--log-every", 20)
     curve = column("out", "loss")
     assert len(curve) == 3 and curve[-1][0] < 0.9 * curve[0][0]
     picture = Image.open("out/samples/0000060.png")
     assert picture.mode == "RGB" and picture.width / picture.height == 8 / 10 and np.asarray(picture).std() > 10
-    assert "python sample.py --ckpt out/ckpt.pt" in capsys.readouterr().out
 
 
 # ----------------------------------------
