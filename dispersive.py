@@ -120,8 +120,8 @@ def split_groups(z, group):
 
 def gram(z):
     """z @ z.mT, (G, n, dim) -> (G, n, n), without autocast, which would round to 16 bits."""
-    # the sum over up to 64 slices of the features, since a GPU is slow at few small products of such long rows
-    z = z.unflatten(-1, (math.gcd(z.shape[-1], 64), -1)).transpose(-3, -2).contiguous()
+    # the sum over 64 slices of the features, if these divide, since a GPU is slow at few small products of long rows
+    z = z.unflatten(-1, (64 if z.shape[-1] % 64 == 0 else 1, -1)).transpose(-3, -2).contiguous()
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.mT).sum(-3)
 
