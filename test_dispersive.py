@@ -721,15 +721,15 @@ def test_unreadable_images_are_left_out_and_listed_and_one_usable_image_trains(b
 
 
 def chunks_of_ten(hang=None):
-    """Cache ten images at a time; hang when the chunk of this name is about to be noted as done."""
-    train.CHUNK, atomic = 10, train.atomic
-    train.atomic = lambda path: time.sleep(60) if Path(path).name == hang else atomic(path)
+    """Cache ten images at a time; hang at this opening of an array, from 0: after one at the start, two a chunk."""
+    train.CHUNK, count, inner = 10, iter(range(99)), train.open_array
+    train.open_array = lambda path: next(count) == hang and time.sleep(60) or inner(path)
 
 
 def test_killed_while_caching_two_ranks_go_on_with_what_is_not_done(base, photos, capsys):
     args = caching(photos / "images", "cache")
-    process, = launch(*args, fault=partial(chunks_of_ten, "20.npy"))
-    wait_for(Path("cache/chunks/10.npy").exists)
+    process, = launch(*args, fault=partial(chunks_of_ten, 6))  # between the two of the third chunk
+    wait_for(lambda: Path("cache/latents.npy").exists() and np.load("cache/labels.new.npy")[19] > -2)
     assert "cache: another process is writing there" in fails(train.main, capsys, *args)
     process.kill()
     process.join()

@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -180,8 +179,7 @@ def load_crop(file, size):
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: latents.npy, meta.json, and last labels.npy (-1: unreadable image).
 
-    Images are cached CHUNK at a time. Then a file in chunks/ gets their labels: an interrupted run does the chunks
-    without one.
+    Until then labels are in labels.new.npy, -2 where an image is not cached yet: an interrupted run goes on there.
     """
     folder, target, size = Path(args.images), Path(args.data), args.size
     files = [file for file in list_images(folder) if file.parent != folder]
@@ -191,8 +189,7 @@ def cache_images(args, rank, world, device):
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
     listing = zlib.crc32("\n".join(map(str, names)).encode())
     meta = dict(classes=classes.tolist(), vae=args.vae or "ema", size=size, images=f"{len(files)} ({listing:08x})")
-    pixels, array = meta["vae"] == "none", target / "latents.npy"
-    chunks = {first: target / "chunks" / f"{first}.npy" for first in range(0, len(files), CHUNK)}
+    pixels, array, marks = meta["vae"] == "none", target / "latents.npy", target / "labels.new.npy"
     if not pixels and size % 8:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
     if rank == 0:
@@ -205,15 +202,15 @@ def cache_images(args, rank, world, device):
             if not array.exists():
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
-                (target / "chunks").mkdir(exist_ok=True)
+                np.save(marks, np.full(len(files), -2))
                 shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
                 np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # a file of zeros
                 os.replace(target / "new.npy", array)
     barrier()
     if (target / "labels.npy").exists():
         return
-    rows = open_array(array)
-    todo = [first for first in [*chunks][rank::world] if not chunks[first].exists()]
+    cached = open_array(marks) > -2
+    todo = [first for first in range(0, len(files), CHUNK)[rank::world] if not cached[first:first + CHUNK].all()]
     vae = None if pixels else VAE(meta["vae"]).to(device)
     blank = np.zeros((3, size, size), np.uint8)
     progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
@@ -224,22 +221,19 @@ def cache_images(args, rank, world, device):
             if not pixels:  # mean and std of each image and of its mirror, whose latent is not the mirror of the latent
                 x = images.to(device).float() / 127.5 - 1
                 images = torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half().cpu()
-            with naming(array), open(array, "r+b") as file:  # a full disk is an error here; mapped memory would crash
-                file.seek(rows.offset + first * rows[0].nbytes)
-                file.write(images.numpy().tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            with atomic(chunks[first]) as file:
-                np.save(file, [-1 if image is None else label for image, label in zip(loaded, labels[first:])])
+            found = np.array([-1 if image is None else label for image, label in zip(loaded, labels[first:])])
+            for path, rows in ((array, images.numpy()), (marks, found)):
+                with naming(path), open(path, "r+b") as file:  # on a full disk an error; mapped memory would crash
+                    file.seek(open_array(path).offset + first * rows[0].nbytes)
+                    file.write(rows.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
-        labels = np.concatenate([open_array(file) for file in chunks.values()])
-        if labels.max() < 0:
+        if open_array(marks).max() < 0:
             raise UserError(f"--images {folder}: none of its {len(files)} images can be read")
-        with atomic(target / "labels.npy") as file:
-            np.save(file, labels)
-        shutil.rmtree(target / "chunks")
+        os.replace(marks, target / "labels.npy")
         locked.close()
     barrier()
 
