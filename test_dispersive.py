@@ -934,7 +934,7 @@ def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(
     trains("--data", base[1], *NANO, *still, "--out", "c")  # a fresh network says zero
     close(column("c", "val"), [[((pixels[::2] / 127.5 - 1) ** 2).mean() + 1]], 5e-3)
     small = data_folder("small", pixels[:2, :, :8, :8])
-    assert "--val small: its shape or classes differ" in fails(train.main, capsys, *base, "--val", small)
+    assert "--val small: its shape, classes or VAE differ" in fails(train.main, capsys, *base, "--val", small)
 
 
 def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_label(base, monkeypatch):
@@ -1218,7 +1218,8 @@ BAD_FLAGS = [
     ("--batch 40", "--batch 40 must be a multiple of ranks x --micro, 1 x 40"),
     ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
-    ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images")]
+    ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
+    ("--objective meanflow --meanflow-kappa 0.5 --label-dropout 0", "need the null label")]
 
 
 def test_bad_flags_are_one_line_each_and_once_on_two_ranks(base, little, capsys):

@@ -66,7 +66,7 @@ def parse(argv):
     # training
     flag("--model", "SiT-B/2", "SiT- or DiT-, XS, S, B, L or XL, /2, /4 or /8", choices=MODELS, metavar="NAME")
     flag("--objective", choices=OBJECTIVES, help="default: flow for SiT, diffusion for DiT")
-    flag("--epochs", type=amount, help="(80)")
+    flag("--epochs", type=number(float, 1e-3), help="(80)")
     flag("--steps", type=count, help="instead of epochs")
     flag("--batch", 256, "of all ranks")
     flag("--micro", type=count, help="samples a forward pass on each rank; default: its share of the batch")
@@ -107,13 +107,14 @@ def parse(argv):
         p.set_defaults(**DEMO, batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
         p.set_defaults(steps=None if args.epochs else 1500)
         args = p.parse_args(argv)
-    args.epochs = args.epochs or 80
     args.objective = args.objective or default_objective(args.model)
     if args.beta2 is None:
         args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
 
     if args.images and not args.data or args.cache_only and not args.images:
         p.error("--cache-only needs --images FOLDER, and that needs --data DIR, where the cached arrays go")
+    if args.label_dropout == 0 and (args.meanflow_omega, args.meanflow_kappa) != (1, 0):
+        p.error("--meanflow-omega and --meanflow-kappa need the null label: a --label-dropout above 0")
     if args.contrastive and args.disp == "none":
         p.error("--contrastive needs a --disp other than none")
     depth = MODELS[args.model]["depth"]
@@ -550,7 +551,7 @@ def train(args, data, held_out, rank, world, device):
         raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, and --micro "
                         f"of --disp-group, {group} (1 without dispersion)")
     mine = slice(rank * share, (rank + 1) * share)
-    steps = args.steps or max(1, round(args.epochs * len(data) / args.batch))
+    steps = args.steps or max(1, round((args.epochs or 80) * len(data) / args.batch))
     flops = flops_per_image(args, data.shape) / world
 
     # the model, its EMA and the optimiser
@@ -690,8 +691,8 @@ def main(argv=None):
     if args.repa:
         data.add_features(args.repa, side ** 2)
     held_out = Data.open("--val", args.val) if args.val else None
-    if held_out and (held_out.shape, held_out.classes) != (data.shape, data.classes):
-        raise UserError(f"--val {args.val}: its shape or classes differ from the training data's")
+    if held_out and (held_out.shape, held_out.classes, held_out.vae) != (data.shape, data.classes, data.vae):
+        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:
         for part in filter(None, (data, held_out)):
             part.labels = np.full_like(part.labels, len(data.classes))  # the null label
