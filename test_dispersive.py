@@ -694,7 +694,7 @@ def test_cache_holds_the_cropped_images_in_sorted_order(photos):
     files = sorted((photos / "images").glob("*/*.[jp]*"))
     assert json.loads((photos / "cache/meta.json").read_text())["classes"] == ["cat", "dog"]
     assert labels.tolist() == [0] * 24 + [1] * 24 and latents.shape == (48, 3, 16, 16)
-    mirrored = train.Data.open("--data", photos / "cache").read(np.arange(48), np.ones(48, bool))[0].numpy()
+    mirrored = train.Data.open(photos / "cache").read(np.arange(48), np.ones(48, bool))[0].numpy()
     for file, pixels, mirror in zip(files, latents, mirrored):
         image = np.asarray(train.center_crop(Image.open(file).convert("RGB"), 16))
         assert np.array_equal(pixels, image.transpose(2, 0, 1))
@@ -711,7 +711,7 @@ def test_unreadable_images_are_left_out_and_listed_and_one_usable_image_trains(b
     trains(*caching("images", "cache"))
     listed = re.findall(r"^left out: .*images/(./.\.png)", capsys.readouterr().err, re.M)
     assert sorted(listed) == ["a/0.png", "a/1.png"] and np.load("cache/labels.npy").tolist() == [-1, -1, 1]
-    images, labels = train.Data.open("--data", "cache").read(np.arange(1), np.zeros(1, bool))
+    images, labels = train.Data.open("cache").read(np.arange(1), np.zeros(1, bool))
     assert images.unique().tolist() == [43] and labels.tolist() == [1]
     trains("--data", "cache", *NANO, "--steps", 2, "--out", "out")
     file.write_text("no image")
@@ -807,11 +807,11 @@ def test_every_epoch_reads_every_entry_once():
 
 def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     moments = np.random.default_rng(0).normal(size=(6, 2, 8, 4, 4)).astype(np.float16)
-    data = train.Data.open("--data", data_folder("data", moments, [0, -1, 1, 0, 1, 0], "ema"))
+    data = train.Data.open(data_folder("data", moments, [0, -1, 1, 0, 1, 0], "ema"))
     x, labels = data.read(np.array([4, 1]), np.array([False, True]))
     expected = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32))
     close(data.prepare(x, 3.0), expected[:, :4] + 3 * expected[:, 4:], 1e-6)
-    assert data.shape == (4, 4, 4) and len(data) == 5 and labels.tolist() == [0, 1]
+    assert data.shape == (4, 4, 4) and len(data.rows) == 5 and labels.tolist() == [0, 1]
 
 
 def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(monkeypatch):
@@ -838,7 +838,7 @@ def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little):
 def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(2,), group=16, weight=0.5,
             view=None, features=None, beta2=0.999, clip=math.inf, **options):
     """Two steps of training on the photos, written out -> ([{name: float}, ...], {"model": weights, ...})."""
-    data, meanflow = train.Data.open("--data", photos / "cache"), isinstance(objective, MeanFlow)
+    data, meanflow = train.Data.open(photos / "cache"), isinstance(objective, MeanFlow)
     torch.manual_seed(0)
     net = build_model(model, input_size=16, in_channels=3, num_classes=2, second_time=meanflow)
     net.load_state_dict(torch.load(photos / "start.pt"), strict=False)
@@ -963,7 +963,8 @@ def test_training_starts_from_the_ema_of_a_checkpoint_or_from_published_weights(
 def test_the_log_counts_epochs_and_operations(base):
     """Those of forward and backward, of both views."""
     trains(*base, "--epochs", 3, "--contrastive", "independent")  # 3 x 48 images in batches of 32
-    assert column("out", "step")[-1] == [4]
+    trains(*base, "--batch", 480, "--out", "default")  # 80 x 48
+    assert column("out", "step")[-1] == [4] and column("default", "step")[-1] == [8]
     tokens, width, blocks = 4, 32, 8
     multiplications = (blocks * ((12 * tokens + 6) * width ** 2 + 2 * tokens ** 2 * width)  # of one forward pass
                        + tokens * width * 3 * 64 * (1 + 2) + 2 * width ** 2 + (256 + width) * width)

@@ -30,16 +30,15 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
-                        effective_rank, mean_distance, repa_loss, repa_projector)
+from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive_floor, dispersive_loss, effective_rank,
+                        mean_distance, repa_loss, repa_projector)
 from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableImage, UserError, atomic, barrier,
                     center_crop, clock, command, compile_blocks, cpu_cores, default_dtype, default_objective, generate,
                     list_images, load_file, load_weights, lock, naming, number, open_array, read_image, read_json,
                     save_grid, start, weights_in)
 
-DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
 CHUNK = 256  # images that are cached at a time
-# when a run is continued, these flags may differ (data are compared by content), and those with a line in the log
+# flags that may differ when a run goes on (data are compared by content), and those of which the log then has a line
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
         "out", "init", "data", "val", "images", "cache_only", "size", "vae"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
@@ -51,7 +50,7 @@ def parse(argv):
     count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     def flag(name, default=None, help="", **options):
-        """A flag whose default stands in its help; numbers are counts, or amounts if the default has a point."""
+        """A flag whose help ends in its default; one that is an int asks for a count, a float for an amount from 0."""
         if type(default) in (int, float):
             options = dict(type=count if type(default) is int else amount) | options
         p.add_argument(name, default=default, help=help if default is None else f"{help} ({default})", **options)
@@ -86,10 +85,9 @@ def parse(argv):
     flag("--disp-margin", 1.0, "of the hinge")
     flag("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
     flag("--disp-group", 16, "samples compared with each other", type=number(int, 2))
-    flag("--contrastive", choices=["independent", "dependent"], help="contrast with a second view of each image: with "
-         "noise and time of its own, or with the same noise and a time within 0.005")
-    flag("--repa", metavar="FILE", help="align a block with an encoder's features of all images and of their mirror "
-         "images, an .npy (N, 2, tokens, D)")
+    flag("--contrastive", choices=["independent", "dependent"], help="contrast with a second view, of its own "
+         "noise and time, or of the same noise and a time within 0.005")
+    flag("--repa", metavar="FILE", help="align a block with an encoder's features, an .npy (N, 2, tokens, D)")
     flag("--repa-weight", 0.5)
     flag("--repa-block", 8)
     flag("--meanflow-omega", 1.0, "guidance in training, of scale omega / (1 - kappa)")
@@ -104,8 +102,8 @@ def parse(argv):
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
     args = p.parse_args(argv)
     if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
-        p.set_defaults(**DEMO, batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
-        p.set_defaults(steps=None if args.epochs else 1500)
+        p.set_defaults(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400,
+                       batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))), steps=None if args.epochs else 1500)
         args = p.parse_args(argv)
     args.objective = args.objective or default_objective(args.model)
     if args.beta2 is None:
@@ -120,19 +118,18 @@ def parse(argv):
     depth = MODELS[args.model]["depth"]
     if args.repa and args.repa_block > depth:
         p.error(f"--repa-block {args.repa_block}: expected a number from 1 to {depth}")
-    numbers, text = [str(number) for number in range(1, depth + 1)], args.disp_blocks or str(max(1, depth // 4))
-    chosen = {*numbers} if text == "all" else {*text.split(",")}
-    if not chosen <= {*numbers}:
+    known, text = [str(block) for block in range(1, depth + 1)], args.disp_blocks or str(max(1, depth // 4))
+    chosen = known if text == "all" else text.split(",")
+    if not {*chosen} <= {*known}:
         p.error(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
-    args.disp_blocks = sorted(map(int, chosen)) if args.disp != "none" else []
+    args.disp_blocks = sorted({*map(int, chosen)}) if args.disp != "none" else []
     return args
 
 
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, and the batches that training reads
 
-# the demo's classes: points and inner radius of a star, turns, and the size of a hole; each is its own mirror image, so
-# that horizontal flips keep the class
+# points and inner radius of a star, turns, size of a hole; each is its own mirror image, so that flips keep the class
 SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0), "frame": (2, 1, 1 / 8, 0.5),
           "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0), "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0),
           "spark": (4, 0.35, 0, 0), "cross": (4, 0.35, 1 / 8, 0)}
@@ -252,8 +249,7 @@ class Data:
         self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
 
     @classmethod
-    def open(cls, flag, folder):
-        """Open a cache; the flag is named in errors."""
+    def open(cls, folder):
         labels, latents = (open_array(Path(folder, name)) for name in ("labels.npy", "latents.npy"))
         meta = read_json(Path(folder, "meta.json"))
         classes, vae = meta.get("classes"), meta.get("vae")
@@ -261,7 +257,7 @@ class Data:
         if (not isinstance(classes, list) or not isinstance(vae, str) or latents.dtype != dtype or not latents.size
                 or latents.shape != (*labels.shape, *channels, *2 * latents.shape[-1:])
                 or labels.dtype.kind != "i" or labels.min() < -1 or not 0 <= labels.max() < len(classes)):
-            raise UserError(f"{flag} {folder}: expected what --images makes, found latents.npy {latents.dtype} "
+            raise UserError(f"{folder}: expected what --images makes, found latents.npy {latents.dtype} "
                             f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
         return cls(latents, labels.astype(np.int64), classes, vae)
 
@@ -273,13 +269,14 @@ class Data:
 
     def contents(self):
         """What tells these data from others: checksums, of large arrays those of about 64 rows."""
-        spread = lambda array: zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
-        data = [spread(self.latents), zlib.crc32(self.labels.tobytes()), self.classes]
+        checksum = lambda array: zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
+        data = [checksum(self.latents), zlib.crc32(self.labels.tobytes()), self.classes]
         return dict(data=f"contents {zlib.crc32(str(data).encode()):08x}", vae=self.vae,
-                    repa=self.features is not None and f"contents {spread(self.features):08x}")
+                    repa=self.features is not None and f"contents {checksum(self.features):08x}")
 
-    def __len__(self):
-        return len(self.rows)
+    def spread(self, count):
+        """Up to `count` entries, evenly spaced, since a cache is sorted by class."""
+        return np.linspace(0, len(self.rows) - 1, min(count, len(self.rows))).astype(int)
 
     def read(self, entries, flips):
         """[images or posteriors of the entries, mirrored where flips says; their labels; their features if any]."""
@@ -315,7 +312,7 @@ def batches(data, steps, batch, mine, seed, device):
     """Yield this rank's slice `mine` of the global batch of every step: [images, labels, features if any]."""
     def read(step):
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
-        return data.read(batch_entries(seed, step, batch, len(data))[mine], flips[mine])
+        return data.read(batch_entries(seed, step, batch, len(data.rows))[mine], flips[mine])
 
     for tensors in one_ahead(read, steps):
         if device.type == "cuda":  # from pinned memory, copying need not be waited for
@@ -334,18 +331,13 @@ def stream(seed, step, purpose, device):
 
 
 class Losses(nn.Module):
-    """The network, and REPA's projector if there is one; the forward pass computes all terms of the loss.
-
-    It is one module, so that DistributedDataParallel wraps it once and exchanges the gradients of everything.
-    """
+    """All that is trained, and all terms of its loss, in one module for DistributedDataParallel to wrap."""
 
     def __init__(self, args, data, device):
         super().__init__()
         self.args, self.data, self.meanflow = args, data, args.objective == "meanflow"
-        self.objective = OBJECTIVES[args.objective]()
-        if self.meanflow:
-            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
-                                      interval=args.meanflow_interval)
+        guidance = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=args.meanflow_interval)
+        self.objective = OBJECTIVES[args.objective](**(guidance if self.meanflow else {}))
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
@@ -398,28 +390,23 @@ class Losses(nn.Module):
             inputs["rows"] = slice(-position % self.objective.every, n, self.objective.every)  # those with r != t
         with self.autocast():
             error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
-        z = dict(zip(self.captured, activations))
+            z = dict(zip(self.captured, activations))
+            projected = self.projector(z[args.repa_block][:n]) if args.repa else None
         error = error[:n]  # of the first view; the second one is there for its activations
-        terms = {"loss": error.detach().mean()}
-        if self.meanflow:
-            error = self.objective.weight(error, inputs["x"][0].numel())
-        total = error.mean()
+        terms = {"loss": error.mean()}
+        total = self.objective.weight(error, inputs["x"][0].numel()).mean() if self.meanflow else terms["loss"]
         if args.disp_blocks:
             loss = contrastive_loss if args.contrastive else dispersive_loss  # of the two views, or of the one
-            disp = distance = 0.0
-            for block in args.disp_blocks:
-                disp = disp + loss(*z[block].chunk(len(views)), args.disp, args.disp_tau, args.disp_margin,
-                                   group=args.disp_group) / len(args.disp_blocks)
-                distance = distance + mean_distance(z[block][:n], args.disp_group) / len(args.disp_blocks)
-            total = total + args.disp_weight * disp
-            terms |= {"disp": disp.detach(), "distance": distance}
+            terms["disp"] = torch.stack([
+                loss(*z[block].chunk(len(views)), args.disp, args.disp_tau, args.disp_margin, group=args.disp_group)
+                for block in args.disp_blocks]).mean()
+            total = total + args.disp_weight * terms["disp"]
+            distances = [mean_distance(z[block][:n], args.disp_group) for block in args.disp_blocks]
+            terms["distance"] = torch.stack(distances).mean()
         if args.repa:
-            with self.autocast():
-                projected = self.projector(z[args.repa_block][:n])
-            repa = repa_loss(projected, features)
-            total = total + args.repa_weight * repa
-            terms["repa"] = repa.detach()
-        return total, terms
+            terms["repa"] = repa_loss(projected, features)
+            total = total + args.repa_weight * terms["repa"]
+        return total, {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
     def evaluate(self, net, data, entries, blocks=()):
@@ -439,11 +426,6 @@ class Losses(nn.Module):
 # What a run leaves in --out
 
 
-def spread(data, count):
-    """Up to `count` entries of the data, evenly spaced, since a cache is sorted by class."""
-    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
-
-
 def picture(losses, ema, path, decode, device):
     """Write a grid of samples, one class a row -> {measure: [its value after each block, over 64 images]}."""
     args, data = losses.args, losses.data
@@ -453,7 +435,7 @@ def picture(losses, ema, path, decode, device):
                       args.dtype, decode, steps=1 if args.objective == "meanflow" else 25)
     save_grid(images.numpy(), path, columns=8)
     measures = dict(block_distance=[], block_rank=[], block_norm=[])
-    entries = spread(data, 64)
+    entries = data.spread(64)
     for block in range(1, len(ema.blocks) + 1) if len(entries) > 1 else []:  # one at a time, to save memory
         z = losses.evaluate(ema, data, entries, [block])[1][0].float().cpu()
         for name, value in zip(measures, (mean_distance(z), effective_rank(z), z.square().mean())):
@@ -473,14 +455,14 @@ def save(out, step, config, parts):
 
 def resume(out, config, parts):
     """Load the latest checkpoint into the parts, if there is one -> its step, and the flags that have changed."""
-    latest, previous = out / "ckpt.pt", out / "ckpt.prev.pt"
-    path, changes = latest if latest.exists() else previous, []
-    if not path.exists():
-        return 0, changes
+    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
+    if not paths:
+        return 0, []
+    path, changes = paths[0], []
     try:
         state = load_file(path)
     except UserError as error:
-        hint = f"; delete it to go on from {previous}" if path == latest and previous.exists() else ""
+        hint = f"; delete it to go on from {paths[1]}" if paths[1:] else ""
         raise UserError(f"{error}{hint}") from None
     if not {*parts, "step", "config"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
@@ -501,29 +483,17 @@ def resume(out, config, parts):
 
 
 def note_signals():
-    """Ctrl-C and SIGTERM, from now on, are only added to the list that is returned.
-
-    But one that comes more than a second after the first ends the process.
-    """
-    received, times = [], []
+    """From now on note Ctrl-C and SIGTERM in the dict returned; one over a second after the first exits at once."""
+    noted = {}  # signal: when it first came
 
     def note(which, frame):
-        received.append(which)
-        times.append(time.monotonic())
-        if times[-1] - times[0] > 1:  # launchers repeat at once a signal that all processes got
+        noted.setdefault(which, time.monotonic())
+        if time.monotonic() - min(noted.values()) > 1:  # sooner, it is the launcher passing on what all ranks got
             os._exit(128 + which)
 
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
-    return received
-
-
-def means(values, world):
-    """{name: mean of the scalar over the ranks}. Waits for the device."""
-    stacked = torch.stack([*values.values()])
-    if world > 1:
-        dist.all_reduce(stacked)
-    return dict(zip(values, (stacked / world).tolist()))
+    return noted
 
 
 def max_over_ranks(value, cpu_group):
@@ -551,7 +521,7 @@ def train(args, data, held_out, rank, world, device):
         raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, and --micro "
                         f"of --disp-group, {group} (1 without dispersion)")
     mine = slice(rank * share, (rank + 1) * share)
-    steps = args.steps or max(1, round((args.epochs or 80) * len(data) / args.batch))
+    steps = args.steps or max(1, round((args.epochs or 80) * len(data.rows) / args.batch))
     flops = flops_per_image(args, data.shape) / world
 
     # the model, its EMA and the optimiser
@@ -580,20 +550,20 @@ def train(args, data, held_out, rank, world, device):
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
     first, changes = resume(out, config, parts)
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))
-    if max_over_ranks(first, cpu_group) + max_over_ranks(-first, cpu_group) != 0:  # the largest is not the smallest
+    if max_over_ranks(first, cpu_group) + max_over_ranks(-first, cpu_group) != 0:  # max - min
         raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}; {len(data):,} images or latents "
-              f"{data.shape}; {steps:,} steps of {args.batch}, {steps * args.batch / len(data):.1f} epochs; "
-              f"{world} x {name}, {args.dtype}", flush=True)
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
+              f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images or latents {data.shape} "
+              f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
         # what the log holds beyond the checkpoint will be logged again
         lines = log.read_text().splitlines() if log.exists() else []
         lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
         if changes:
             print("changed:", ", ".join(changes), flush=True)
             lines.append(json.dumps(dict(step=first, changed=changes)))
-        with atomic(log) as file:  # a run that was killed twice may have logged the same change twice
+        with atomic(log) as file:  # without repeats: a run that is killed again logs its changes again
             file.write("".join(line + "\n" for line in dict.fromkeys(lines)).encode())
         if args.wandb:
             import wandb
@@ -623,12 +593,15 @@ def train(args, data, held_out, rank, world, device):
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
 
-        # what is due, the checkpoint last: a run that is killed before it does the rest again
+        # what is due; the checkpoint comes last, so that a run that is killed before it repeats the rest
         done, stopped_by = step + 1, max_over_ranks(max(signals, default=0), cpu_group)
         due = lambda every: every and (done % every == 0 or done == steps)
         if not (stopped_by or any(map(due, (args.log_every, args.ckpt_every, args.sample_every, args.snapshot_every)))):
             continue
-        line = {name: value / (done - logged) for name, value in means(sums, world).items()}
+        values = torch.stack([*sums.values()]) / (world * (done - logged))
+        if world > 1:
+            dist.all_reduce(values)
+        line = dict(zip(sums, values.tolist()))  # waits for the device
         if not all(map(math.isfinite, line.values())):
             raise UserError(f"steps {logged + 1:,} to {done:,}: the loss or the gradient is not finite; no checkpoint "
                             f"has it: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
@@ -638,18 +611,17 @@ def train(args, data, held_out, rank, world, device):
         line |= {"images/s": rate, "TFLOP/s": rate * flops / 1e12}
         if device.type == "cuda":
             line["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-        if held_out and due(args.ckpt_every):
-            entries, error = spread(held_out, 2048), torch.zeros((), device=device)
-            for begin in range(0, len(entries), 64)[rank::world]:
-                error += losses.evaluate(ema, held_out, entries[begin:begin + 64])[0]
-            line["val"] = means(dict(error=error), world)["error"] * world / len(entries)
         if rank == 0:
+            if held_out and due(args.ckpt_every):
+                entries = held_out.spread(2048)
+                errors = [losses.evaluate(ema, held_out, entries[begin:begin + 64])[0]
+                          for begin in range(0, len(entries), 64)]
+                line["val"] = sum(errors).item() / len(entries)
             if due(args.sample_every):
                 line |= picture(losses, ema, out / "samples" / f"{done:07d}.png", decode, device)
             show = lambda value: " ".join(f"{v:.4g}" for v in np.ravel(value))
             values = "  ".join(f"{name} {show(value)}" for name, value in line.items())
-            left = clock((steps - done) * args.batch / rate)
-            print(f"step {done:,}/{steps:,}  {values}  left {left}", flush=True)
+            print(f"step {done:,}/{steps:,}  {values}  left {clock((steps - done) * args.batch / rate)}", flush=True)
             with naming(log), open(log, "a") as file:
                 file.write(json.dumps(dict(step=done, **line)) + "\n")
             if args.wandb:
@@ -670,8 +642,6 @@ def train(args, data, held_out, rank, world, device):
         locked.close()
         if stopped_by:
             print(f"{signal.Signals(stopped_by).name}: saved at step {logged:,}; the same command goes on")
-        elif first >= steps:
-            print(f"{out} is at step {first:,} already: nothing to train; more with --steps")
     if stopped_by:
         sys.exit(128 + stopped_by)
 
@@ -684,17 +654,17 @@ def main(argv=None):
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
-    data = Data.open("--data", args.data) if args.data else Data(*demo_data())
+    data = Data.open(args.data) if args.data else Data(*demo_data())
     side, rest = divmod(data.shape[-1], MODELS[args.model]["patch_size"])
     if rest:
         raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     if args.repa:
         data.add_features(args.repa, side ** 2)
-    held_out = Data.open("--val", args.val) if args.val else None
+    held_out = Data.open(args.val) if args.val else None
     if held_out and (held_out.shape, held_out.classes, held_out.vae) != (data.shape, data.classes, data.vae):
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:
-        for part in filter(None, (data, held_out)):
+        for part in [data, held_out] if held_out else [data]:
             part.labels = np.full_like(part.labels, len(data.classes))  # the null label
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
