@@ -1,7 +1,7 @@
 """Dispersive Loss, the transformers it was published on, and what it is compared with: losses, transformer, objectives.
 
-Time is SiT's everywhere: t = 0 is noise, t = 1 is data, x_t = t*x + (1-t)*noise, velocity v = x - noise. Only the
-network of GaussianDiffusion is told DiT's step number instead: 0 is next to data, 999 is noise.
+Time is SiT's: t = 0 is noise, t = 1 is data, x_t = t*x + (1-t)*noise, velocity v = x - noise. GaussianDiffusion's
+`times` and `loss`, and its network, count DiT's steps instead: 0 is next to data, 999 is noise.
 Images and latents are (B, C, H, W); labels are (B,) int64, and label num_classes is the null label: "no class".
 """
 import math
@@ -120,14 +120,14 @@ def split_groups(z, group):
 
 def gram(z):
     """z @ z.mT, (G, n, dim) -> (G, n, n), without autocast, which would round to 16 bits."""
-    # the sum over 64 slices of the features, if these divide, since a GPU is slow at few small products of long rows
+    # a sum over 64 slices of the features, where 64 divides dim: GPUs are slow at few products of long rows
     z = z.unflatten(-1, (64 if z.shape[-1] % 64 == 0 else 1, -1)).transpose(-3, -2).contiguous()
     with torch.autocast(z.device.type, enabled=False):
         return (z @ z.mT).sum(-3)
 
 
 def diagonal_of(x):
-    """(G, n, n) -> (G, n). Tensor.diagonal can have wrong gradients when torch.compile 2.13 works for a CPU."""
+    """(G, n, n) -> (G, n). Tensor.diagonal can get wrong gradients from torch 2.13's compiler on CPUs."""
     return (x * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).sum(-1)
 
 
@@ -282,7 +282,7 @@ class DiT(nn.Module):
             nn.init.zeros_(self.r_embedder.mlp[2].weight)
 
     def forward(self, x, t, y, r=None, blocks=()):
-        """x (B, C, H, W), t (B,): SiT's time in [0, 1], or DiT's step in 0..999, y (B,) -> (B, out_channels, H, W).
+        """x (B, C, H, W), t (B,) and y (B,) -> (B, out_channels, H, W). t: SiT's time, or DiT's step, in 0..999.
 
         r: the second time (B,) of a model that has one; by default it is t.
         blocks: numbers of blocks, counted from 1. When any are named the result is (output, [activations
@@ -320,7 +320,7 @@ MODELS = {f"{family}-{size}/{patch}": dict(hidden_size=width, depth=depth, num_h
 def build_model(name, **overrides):
     """A DiT of one of the MODELS (XS is ours, for small experiments), with any of DiT's arguments overridden."""
     check_known(name, "model", MODELS)
-    return DiT(**{**MODELS[name], **overrides})
+    return DiT(**MODELS[name] | overrides)
 
 
 # ----------------------------------------
@@ -367,7 +367,7 @@ class FlowMatching:
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
         """Mean squared error per sample (B,), and a list of the activations after the named blocks.
 
-        x (B, C, H, W) data, y (B,) labels; t (B,) and noise, like x, are drawn when not given. r is MeanFlow's.
+        x (B, C, H, W) data, y (B,) labels; t (B,) and noise, like x, are drawn when not given. r is ignored.
         """
         t = self.times(len(x), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise

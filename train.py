@@ -202,7 +202,7 @@ def cache_images(args, rank, world, device):
                     file.write(json.dumps(meta, indent=1).encode())
                 np.save(marks, np.full(len(files), -2))
                 shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
-                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # a file of zeros
+                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # zeros
                 os.replace(target / "new.npy", array)
     barrier()
     if (target / "labels.npy").exists():
@@ -325,7 +325,7 @@ def batches(data, steps, batch, mine, seed, device):
 
 
 def stream(seed, step, purpose, device):
-    """The generator of one purpose at one step. Seeds have 32 bits, since a CPU generator ignores the upper ones."""
+    """The random generator of one purpose at one step. Its seed has 32 bits: a CPU generator ignores more."""
     state = np.random.SeedSequence([seed, step, zlib.crc32(purpose.encode())]).generate_state(1)
     return torch.Generator(device).manual_seed(int(state[0]))
 
@@ -352,13 +352,15 @@ class Losses(nn.Module):
         self.captured = sorted({*args.disp_blocks, *([args.repa_block] if args.repa else [])})
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
-    def draw_view(self, data, images, labels, seed, step, n, mine=slice(None), prefix=""):
+    def draw_view(self, images, labels, seed, step, n, mine=slice(None), prefix=""):
         """What the objective's loss takes, as a dict: `mine` of what is drawn for n samples at this step."""
         generator = lambda purpose: stream(seed, step, prefix + purpose, images.device)
-        randn = lambda purpose: torch.randn(n, *data.shape, generator=generator(purpose), device=images.device)[mine]
+        shape = (n, *self.data.shape)
+        randn = lambda purpose: torch.randn(shape, generator=generator(purpose), device=images.device)[mine]
         times = self.objective.times(n, generator("time"))
         t, r = times if self.meanflow else (times, times)  # only MeanFlow has an r of its own
-        return dict(x=data.prepare(images, randn("posterior")), y=labels, t=t[mine], r=r[mine], noise=randn("noise"))
+        x = self.data.prepare(images, randn("posterior"))
+        return dict(x=x, y=labels, t=t[mine], r=r[mine], noise=randn("noise"))
 
     def views(self, images, labels, step, mine):
         """The view of this rank's share of the batch, and for a contrastive loss a second one of the same images."""
@@ -366,7 +368,7 @@ class Losses(nn.Module):
         rand = lambda purpose: torch.rand(args.batch, generator=stream(args.seed, step, purpose, device),
                                           device=device)[mine]
         y = torch.where(rand("label") < args.label_dropout, self.net.num_classes, labels)
-        draw = functools.partial(self.draw_view, self.data, images, y, args.seed, step, args.batch, mine)
+        draw = functools.partial(self.draw_view, images, y, args.seed, step, args.batch, mine)
         first = draw()
         if not args.contrastive:
             return [first]
@@ -416,7 +418,7 @@ class Losses(nn.Module):
         """
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
         device = net.pos_embed.device
-        view = self.draw_view(data, images.to(device), labels.to(device), 0, entries[0], len(entries), prefix="val ")
+        view = self.draw_view(images.to(device), labels.to(device), 0, entries[0], len(entries), prefix="val ")
         with self.autocast():
             error, activations = self.objective.loss(net, **view, blocks=blocks)
         return error.sum(), activations
@@ -576,7 +578,7 @@ def train(args, data, held_out, rank, world, device):
         views = losses.views(images, labels, step, mine)
         for begin in range(0, share, micro):
             part = slice(begin, begin + micro)
-            parallel.require_backward_grad_sync = part.stop == share  # ranks exchange in the last pass
+            parallel.require_backward_grad_sync = part.stop == share  # DDP exchanges in the last pass
             total, terms = parallel([{name: value[part] for name, value in view.items()} for view in views],
                                     mine.start + begin, *[feature[part] for feature in features])
             (total * micro / share).backward()
