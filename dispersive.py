@@ -341,7 +341,7 @@ def null_labels(model, y):
 def predict(model, x, t, y, sit_time, cfg, interval, channels):
     """The model's output at time t, a number; its first `channels` are guided where sit_time lies in the interval."""
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    if cfg == 1 or not interval[0] <= sit_time <= interval[1]:
+    if cfg == 1 or not min(interval) <= sit_time <= max(interval):
         return model(x, t, y).to(x.dtype)
     out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
     cond, uncond = out.to(x.dtype).chunk(2)
@@ -581,7 +581,7 @@ class MeanFlow:
             out = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]), torch.cat([t, t]))
             cond, uncond = out[:, :channels].chunk(2)
             guided = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
-            applies = (self.interval[0] <= t) & (t <= self.interval[1]) & (y != null)
+            applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
             v = torch.where(applies.view(-1, 1, 1, 1), guided, v)
         average_velocity = lambda x, t: net(x, t, y[rows], r[rows])[:, :channels]
         # forward-mode differentiation works neither in fused attention nor in compiled code

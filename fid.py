@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (Parser, Progress, UserError, atomic, center_crop, command, cpu_cores, fetch, list_images,
-                    load_file, load_weights, naming, number, open_array, read_image, start)
+from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file, load_weights,
+                    naming, number, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 PAIRS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names of mean and covariance, of pool and of spatial features
@@ -338,7 +338,8 @@ def measure(side, network, batch_size, rank, world):
     batches = [(first, min(first + batch_size, side.count)) for first in range(0, side.count, batch_size)]
     batches = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     # image files are decoded on every core; an archive has to be read in order
-    cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this job
+    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = max(1, min(cores, len(batches))) if isinstance(side, Folder) else 1
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=functools.partial(read_batch, side),
                                          num_workers=workers)
@@ -364,7 +365,6 @@ def measure(side, network, batch_size, rank, world):
 # The command line
 
 
-@command
 def main(argv=None):
     parser = Parser(prog="fid.py", description=__doc__)
     parser.add_argument("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, "
@@ -418,4 +418,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

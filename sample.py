@@ -9,7 +9,6 @@ In this file: sampling, the VAE of Stable Diffusion, and what the three command 
 """
 import argparse
 import contextlib
-import datetime
 import fcntl
 import functools
 import hashlib
@@ -21,6 +20,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dispersive import MODELS, FlowMatching, GaussianDiffusion, MeanFlow, build_model
 
 OBJECTIVES = {"flow": FlowMatching, "diffusion": GaussianDiffusion, "meanflow": MeanFlow}
-PATIENCE = datetime.timedelta(hours=12)  # of ranks for each other, as when one writes a large file
+PATIENCE = timedelta(hours=12)  # of ranks for each other, as when one writes a large file
 
 # ----------------------------------------
 # Sampling
@@ -64,10 +64,9 @@ def load_model(path, name=None):
     """
     checkpoint = load_file(path)
     state, config = weights_in(checkpoint), checkpoint.get("config")
-    if config is None:
-        if name is None:
-            raise UserError(f"{path}: holds no config; say with --model what it is, such as SiT-XL/2")
-        config = dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
+    if config is None and name is None:
+        raise UserError(f"{path}: holds no config; say with --model what it is, such as SiT-XL/2")
+    config = config or dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
     with naming(path, "DiT or SiT"), torch.device("meta"):
         channels, patch = state["x_embedder.proj.weight"].shape[1:3]
         side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
@@ -79,7 +78,7 @@ def load_model(path, name=None):
 
 
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
-    """Samples `indices` with these labels (B,) -> uint8 (B, 3, H, W) on the CPU; options go to objective.sample.
+    """Samples `indices` with these labels (B,) -> list of Pillow images; options go to objective.sample.
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
@@ -90,34 +89,21 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
         x = x if decode is None else decode(x)
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).cpu()  # DiT's rule, which truncates
+    pixels = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)  # DiT's rule, which truncates
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def save_grid(images, path, columns):
-    """Write uint8 images (n, 3, H, W) as one PNG, row by row; small ones are enlarged."""
-    n, _, height, width = images.shape
-    grid = Image.new("RGB", (columns * width, -(-n // columns) * height))
+def save_grid(images, path, columns=8):
+    """Write Pillow images of one size as one PNG, row by row; small ones are enlarged."""
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
-        grid.paste(Image.fromarray(image.transpose(1, 2, 0)), (i % columns * width, i // columns * height))
-    zoom = max(1, 64 // height)
+        grid.paste(image, (i % columns * width, i // columns * height))
     with atomic(path) as file:
-        grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST).save(file, "PNG")
+        ImageOps.scale(grid, max(1, 64 // height), Image.NEAREST).save(file, "PNG")
 
 
-def write_npz(path, files, labels):
-    """An ADM-style archive of image files: arr_0 (N, H, W, 3) uint8, streamed image by image, and arr_1, the labels."""
-    width, height = read_image(files[0]).size
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), height, width, 3))
-    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            for image in files:
-                entry.write(read_image(image).tobytes())
-        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-            np.save(entry, labels)
-
-
-def parse(argv):
+def main(argv=None):
     p = Parser(prog="sample.py", description=__doc__)
     p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
     p.add_argument("--model", choices=MODELS, metavar="NAME", help="what a published file holds, such as SiT-XL/2")
@@ -135,21 +121,14 @@ def parse(argv):
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*) or a file; default: as in training")
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
 
-
-def refuse_existing(*paths):
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path}: exists already: remove it, or choose another --out")
-
-
-def main(argv=None):
-    args = parse(argv)
     out = Path(args.out)
     npz = out.suffix == ".npz"
     grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
-    refuse_existing(out, grid)
+    for path in (out, grid):
+        if path.exists():
+            raise UserError(f"{path}: exists already: remove it, or choose another --out")
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
     shape, dtype = (net.in_channels, net.input_size, net.input_size), args.dtype or default_dtype(device)
@@ -164,9 +143,8 @@ def main(argv=None):
     chosen = args.classes.split(",") if args.classes else known
     if not {*chosen} <= {*known}:
         raise UserError(f"--classes {args.classes}: expected numbers from 0 to {len(known) - 1}")
-    classes = [int(label) for label in chosen]
-    if config["label_dropout"] == 1:
-        classes = [net.num_classes]  # trained without labels: the null label
+    # a model that was trained without labels has learned the null label alone
+    classes = [net.num_classes] if config["label_dropout"] == 1 else [int(label) for label in chosen]
     labels = np.resize(classes, args.n)
     vae = VAE(args.vae or config["vae"]) if shape[0] == 4 else None
 
@@ -174,15 +152,12 @@ def main(argv=None):
     # continues, and images that were made differently never mix.
     made_of = dict(options, seed=args.seed, classes=classes, dtype=dtype, objective=config["objective"], shape=shape)
     digest = hashlib.sha256(json.dumps(made_of).encode())
-    for network in [net, vae] if vae else [net]:
-        for tensor in network.state_dict().values():
-            digest.update(tensor.contiguous().numpy())
+    for tensor in nn.ModuleList([net, vae] if vae else [net]).state_dict().values():
+        digest.update(tensor.contiguous().numpy())
     part = Path(f"{out}.{digest.hexdigest()[:8]}.part")
     files = [part / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        with naming(part):
-            part.mkdir(parents=True, exist_ok=True)
-        locked = lock(part / ".lock")
+        locked = lock(part)
     barrier()
 
     net = net.to(device)
@@ -196,18 +171,23 @@ def main(argv=None):
         indices = todo[begin:begin + args.batch]
         images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device, dtype,
                           decode, **options)
-        for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy()):
+        for i, image in zip(indices, images):
             with atomic(files[i]) as file:
-                Image.fromarray(image).save(file, "PNG", compress_level=1)
+                image.save(file, "PNG", compress_level=1)
         progress.update(len(indices) * world)
     barrier()
     if rank > 0:
         return
 
-    shown = np.stack([np.asarray(read_image(file)).transpose(2, 0, 1) for file in files[:64]])
-    if npz:
-        write_npz(part / "archive.npz", files, labels)
-    refuse_existing(out, grid)  # a run with other flags may have finished first
+    shown = [read_image(file) for file in files[:64]]
+    if npz:  # as ADM's: arr_0 (N, H, W, 3) uint8; in memory, 50,000 images of 256 pixels are 10 GB
+        pixels = np.empty((args.n, *np.shape(shown[0])), np.uint8)
+        for row, file in zip(pixels, files):
+            row[:] = read_image(file)
+        with atomic(part / "archive.npz") as file:
+            np.savez(file, arr_0=pixels, arr_1=labels)
+    if out.exists():
+        raise UserError(f"{out}: exists already: a run with other flags has finished first; remove it, and start again")
     with naming(out):
         if npz:
             os.rename(part / "archive.npz", out)
@@ -216,7 +196,7 @@ def main(argv=None):
             for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
                 path.unlink()
             os.rename(part, out)
-    save_grid(shown, grid, columns=8)
+    save_grid(shown, grid)
     locked.close()
     print(f"wrote {out} and {grid}")
 
@@ -300,7 +280,12 @@ class VAE(nn.Module):
             url = f"https://huggingface.co/stabilityai/{name}/resolve/main/diffusion_pytorch_model.safetensors"
             weights = fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
         if weights is not None:
-            load_weights(self, rename_attention(load_file(weights)), weights)
+            state = load_file(weights)
+            # older files name the attention's layers otherwise, and have 1x1 convolutions where today's are linear
+            for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+                state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+            state = {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
+            load_weights(self, state, weights)
 
     def encode(self, x):
         """Images -> (mean, std) of the posterior, times 0.18215; never in bf16, since latents are made to be kept."""
@@ -320,13 +305,6 @@ class VAE(nn.Module):
         return torch.cat(images)
 
 
-def rename_attention(state):
-    """A state dict of the VAE whose attention is as in older files (query, key, ...; 1x1 convolutions) -> as today."""
-    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
-        state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
-    return {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
-
-
 # ----------------------------------------
 # What the three command lines share: errors, processes, progress, and files
 
@@ -335,8 +313,8 @@ class UserError(ValueError):
     """Something the user can mend, said in one line."""
 
 
-class UnreadableImage(UserError):
-    """A file that is no image, or a damaged one."""
+class UnreadableFile(UserError):
+    """A file that is damaged, or of another kind than expected."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -360,32 +338,28 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def command(main):
-    """Decorator of a `main(argv=None)`: a UserError is one line on stderr and exit code 2; other errors are raised."""
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            main(argv)
-        except (UserError, KeyboardInterrupt) as error:
-            rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
-            if rank > 0:
-                time.sleep(5 + rank)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
-            print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
-            sys.exit(2 if isinstance(error, UserError) else 130)
-        barrier()  # the other ranks may still need this one
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return wrapped
+def run(main, argv=None):
+    """Call main(argv): a UserError becomes one line on stderr and exit code 2; other errors are raised."""
+    try:
+        main(argv)
+    except (UserError, KeyboardInterrupt) as error:
+        rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
+        if rank > 0:
+            time.sleep(5 + rank)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
+        print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else 130)
+    barrier()  # the other ranks may still need this one
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(device=None):
     """Pick CUDA, else MPS, else CPU, and join torchrun's process group -> (rank, number of ranks, device)."""
     local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), "RANK" not in os.environ
     mps = torch.backends.mps.is_available() and alone  # MPS cannot exchange tensors
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
+    device = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if mps else "cpu"))
     gpu = device.type == "cuda"
     if gpu:
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
@@ -404,15 +378,6 @@ def barrier():
         dist.barrier()
 
 
-def cpu_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def clock(seconds):
-    """Seconds as 1:02:03."""
-    return str(datetime.timedelta(seconds=int(seconds)))
-
-
 class Progress:
     """Count images done: a line that refreshes itself on a terminal, a plain line every 20 seconds in a log."""
 
@@ -426,16 +391,16 @@ class Progress:
         if self.quiet or not last and now - self.shown < (0.2 if live else 20):
             return
         self.shown, rate = now, self.done / max(now - self.begin, 1e-9)
-        left = clock((self.total - self.done) / rate)
+        left = timedelta(seconds=int((self.total - self.done) / rate))
         line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {left} left"
         print(f"\r{line:<79}" if live else line, end="" if live and not last else "\n", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def naming(path, what=None, damaged=UserError):
+def naming(path, what=None):
     """Turn an error of the file system into a UserError that names this path.
 
-    Where a file of the kind `what` is read, whatever its decoder raises becomes an error, too: of the class `damaged`.
+    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile.
     """
     try:
         yield
@@ -446,7 +411,7 @@ def naming(path, what=None, damaged=UserError):
         if what is None:
             raise
         reason = str(error).split("\n")[0].split(". ")[0]  # torch's second sentence tells how to run a hostile file
-        raise damaged(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
+        raise UnreadableFile(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
 
 
 @contextlib.contextmanager
@@ -464,14 +429,15 @@ def atomic(path):
         part.unlink(missing_ok=True)
 
 
-def lock(path):
-    """Lock a file against other processes until this one ends, however it ends, or the returned file is closed."""
-    with naming(path):
-        file = open(path, "w")
+def lock(folder):
+    """Make a folder, unless it exists, and lock it until this process ends, or the returned file is closed."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{Path(path).parent}: another process is writing there") from None
+            raise UserError(f"{folder}: another process is writing there") from None
         return file
 
 
@@ -557,11 +523,10 @@ def list_images(folder):
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        if os.path.realpath(root) in seen:
-            folders.clear()  # a link that leads back: go no deeper
-            continue
-        seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if name[0] != ".")
+        if os.path.realpath(root) in seen:
+            folders[:], files = [], []  # a link that leads back
+        seen.add(os.path.realpath(root))
         paths += [Path(root, name) for name in files if name[0] != "." and Path(name).suffix.lower() in known]
     if not paths:
         raise UserError(f"{folder}: no image files in this folder")
@@ -569,11 +534,11 @@ def list_images(folder):
 
 
 def read_image(path):
-    """One image file as RGB; UnreadableImage for what is damaged, no image, or a decompression bomb.
+    """One image file as RGB; UnreadableFile for what is damaged, no image, or a decompression bomb.
 
     As in ADM, transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable.
     """
-    with naming(path, "image", UnreadableImage), Image.open(path) as image:
+    with naming(path, "image"), Image.open(path) as image:
         if image.mode == "F":
             raise ValueError("its pixels are floats")
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255 instead of dividing by 257
@@ -591,7 +556,5 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-main = command(main)  # here, since `command` stands below the `main` that it decorates
-
 if __name__ == "__main__":
-    main()
+    run(main)

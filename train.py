@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive_floor, dispersive_loss, effective_rank,
                         mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableImage, UserError, atomic, barrier,
-                    center_crop, clock, command, compile_blocks, cpu_cores, default_dtype, default_objective, generate,
-                    list_images, load_file, load_weights, lock, naming, number, open_array, read_image, read_json,
-                    save_grid, start, weights_in)
+from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
+                    center_crop, compile_blocks, default_dtype, default_objective, generate, list_images, load_file,
+                    load_weights, lock, naming, number, open_array, read_image, read_json, run, save_grid, start,
+                    weights_in)
 
 CHUNK = 256  # images that are cached at a time
 # flags that may differ when a run goes on (data are compared by content), and those of which the log then has a line
@@ -170,7 +171,7 @@ def load_crop(file, size):
     """An image file -> its pixels (3, size, size) uint8; None, and a line on stderr, if it cannot be read."""
     try:
         return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1)
-    except UnreadableImage as error:
+    except UnreadableFile as error:
         sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
 
 
@@ -192,8 +193,7 @@ def cache_images(args, rank, world, device):
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
     if rank == 0:
         with naming(target):
-            target.mkdir(parents=True, exist_ok=True)
-            locked = lock(target / ".lock")
+            locked = lock(target)
             before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
             if before != meta and (before or array.exists()):
                 raise UserError(f"--data {target}: begun with another --size or --vae or other images; name another")
@@ -212,7 +212,7 @@ def cache_images(args, rank, world, device):
     vae = None if pixels else VAE(meta["vae"]).to(device)
     blank = np.zeros((3, size, size), np.uint8)
     progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
-    with ThreadPoolExecutor(cpu_cores()) as pool:
+    with ThreadPoolExecutor() as pool:
         load = lambda first: [*pool.map(functools.partial(load_crop, size=size), files[first:first + CHUNK])]
         for first, loaded in zip(todo, one_ahead(load, todo)):
             images = torch.from_numpy(np.stack([blank if image is None else image for image in loaded]))
@@ -435,7 +435,7 @@ def picture(losses, ema, path, decode, device):
     labels = labels[np.linspace(0, len(labels) - 1, 10).round().astype(int)].repeat(8)
     images = generate(ema, losses.objective, data.shape, torch.from_numpy(labels), range(80), args.seed, device,
                       args.dtype, decode, steps=1 if args.objective == "meanflow" else 25)
-    save_grid(images.numpy(), path, columns=8)
+    save_grid(images, path)
     measures = dict(block_distance=[], block_rank=[], block_norm=[])
     entries = data.spread(64)
     for block in range(1, len(ema.blocks) + 1) if len(entries) > 1 else []:  # one at a time, to save memory
@@ -543,10 +543,10 @@ def train(args, data, held_out, rank, world, device):
     # the run, new or continued
     out, log = Path(args.out), Path(args.out, "log.jsonl")
     if rank == 0:
+        locked = lock(out)
         with naming(out):
-            (out / "samples").mkdir(parents=True, exist_ok=True)
+            (out / "samples").mkdir(exist_ok=True)
             (out / "snapshots").mkdir(exist_ok=True)
-        locked = lock(out / ".lock")
     barrier()
     config = {name: value for name, value in vars(args).items() if name not in FREE} | data.contents()
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
@@ -623,7 +623,8 @@ def train(args, data, held_out, rank, world, device):
                 line |= picture(losses, ema, out / "samples" / f"{done:07d}.png", decode, device)
             show = lambda value: " ".join(f"{v:.4g}" for v in np.ravel(value))
             values = "  ".join(f"{name} {show(value)}" for name, value in line.items())
-            print(f"step {done:,}/{steps:,}  {values}  left {clock((steps - done) * args.batch / rate)}", flush=True)
+            left = timedelta(seconds=int((steps - done) * args.batch / rate))
+            print(f"step {done:,}/{steps:,}  {values}  left {left}", flush=True)
             with naming(log), open(log, "a") as file:
                 file.write(json.dumps(dict(step=done, **line)) + "\n")
             if args.wandb:
@@ -648,7 +649,6 @@ def train(args, data, held_out, rank, world, device):
         sys.exit(128 + stopped_by)
 
 
-@command
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     rank, world, device = start()
@@ -674,4 +674,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
