@@ -2,7 +2,7 @@
 
     python sample.py --ckpt out/ckpt.pt --out samples
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
-    python sample.py --ckpt SiT-XL-2-256x256.pt --model SiT-XL/2 --cfg 4 --vae ema --classes 207,360,387,974 --n 8
+    python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --num-samples 8
 
 Sample i depends on --seed and i alone, whatever the batch size and the number of ranks. An interrupted run continues.
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
@@ -64,8 +64,8 @@ def load_model(path, name=None):
     """
     checkpoint = load_file(path)
     state, config = weights_in(checkpoint), checkpoint.get("config")
-    if config is None and name is None:
-        raise UserError(f"{path}: holds no config; say with --model what it is, such as SiT-XL/2")
+    if (config is None) != (name is not None):
+        raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
     config = config or dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
     with naming(path, "DiT or SiT"), torch.device("meta"):
         channels, patch = state["x_embedder.proj.weight"].shape[1:3]
@@ -123,8 +123,7 @@ def main(argv=None):
     p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
     args = p.parse_args(argv)
 
-    out = Path(args.out)
-    npz = out.suffix == ".npz"
+    out, npz = Path(args.out), args.out.endswith(".npz")
     grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
     for path in (out, grid):
         if path.exists():
@@ -332,7 +331,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} from {low} to {high}, got {text!r}")
+            highest = "" if high == math.inf else f" to {high}"
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} from {low}{highest}, got {text!r}")
         return value
     parse.__name__ = kind.__name__  # for argparse's own message about text that is no number
     return parse

@@ -745,9 +745,11 @@ def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
     shutil.copytree(photos, "photos")
     args = caching("photos/images", "photos/cache")
     for flag, value in (("--size", 24), ("--vae", "mse")):
-        assert "cache: begun with another --size or --vae" in fails(train.main, capsys, *args, flag, value)
+        assert f"cache: was begun with other {flag[2:]};" in fails(train.main, capsys, *args, flag, value)
     os.rename("photos/images/cat/00.jpg", "photos/images/cat/new.jpg")
-    assert "or other images" in fails(train.main, capsys, *args)
+    assert "other images;" in fails(train.main, capsys, *args)
+    line = fails(train.main, capsys, *args, "--data", "new", "--vae", "none.pt")
+    assert "none.pt: No such file" in line and not Path("new").exists()
     os.remove("photos/cache/meta.json")
     assert "name another" in fails(train.main, capsys, *args)
     assert Path("photos/cache/latents.npy").read_bytes() == (photos / "cache/latents.npy").read_bytes()
@@ -1473,8 +1475,8 @@ def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(ckpts, sampling,
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--n", "0"], "argument --n/--num-samples: expected int from 1"), (["--model", "SiT-M/2"], "invalid choice"),
-    (["--classes", "2"], "--classes 2: expected numbers from 0 to 1"),
+    (["--n", "0"], "argument --n/--num-samples: expected int from 1, got"), (["--model", "SiT-M/2"], "invalid choice"),
+    (["--classes", "2"], "--classes 2: expected numbers from 0 to 1"), (["--model", "SiT-XS/8"], "of no other file"),
     (["--method", "rk4"], "unknown method 'rk4': expected one of heun, euler, sde"),
     (["--cfg-channels", "4"], "cfg_channels 4: expected a number from 1 to 3"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt: No such file"), (["--out", "/proc/x/y.npz"], "/proc/x/y.npz."),
@@ -1494,8 +1496,7 @@ def test_published_files_load_as_they_come(tmp_path):
     for today in (True, False):
         for state in (net.state_dict(), dict(model={}, ema=net.state_dict(), opt={}, args=argparse.Namespace(lr=1))):
             torch.save(state, path, _use_new_zipfile_serialization=today)
-            loaded, _ = sample.load_model(path, "SiT-XS/8")
-            inputs = rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5])
+            loaded, inputs = sample.load_model(path, "SiT-XS/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
             assert torch.equal(loaded(*inputs), net(*inputs)) and loaded.num_classes == 5
     for name, words in ((None, "say with --model"),
                         ("SiT-S/8", r"blocks.0.adaLN_modulation.1.bias is \(1536,\) where \(2304,\) is expected")):

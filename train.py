@@ -191,12 +191,14 @@ def cache_images(args, rank, world, device):
     pixels, array, marks = meta["vae"] == "none", target / "latents.npy", target / "labels.new.npy"
     if not pixels and size % 8:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
+    before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
+    differ = [name for name in meta if before.get(name) != meta[name]]
+    if differ and (before or array.exists()):
+        raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
+    vae = None if pixels else VAE(meta["vae"]).to(device)
     if rank == 0:
         with naming(target):
             locked = lock(target)
-            before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
-            if before != meta and (before or array.exists()):
-                raise UserError(f"--data {target}: begun with another --size or --vae or other images; name another")
             if not array.exists():
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
@@ -209,7 +211,6 @@ def cache_images(args, rank, world, device):
         return
     cached = open_array(marks) > -2
     todo = [first for first in range(0, len(files), CHUNK)[rank::world] if not cached[first:first + CHUNK].all()]
-    vae = None if pixels else VAE(meta["vae"]).to(device)
     blank = np.zeros((3, size, size), np.uint8)
     progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
@@ -670,7 +671,8 @@ def main(argv=None):
             part.labels = np.full_like(part.labels, len(data.classes))  # the null label
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
-        print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --out {args.out}/generated")
+        out = args.out
+        print(f"see {out}/samples; next: python sample.py --ckpt {out}/ckpt.pt --steps 25 --out {out}/generated")
 
 
 if __name__ == "__main__":
