@@ -566,8 +566,8 @@ def train(args, data, held_out, rank, world, device):
         if changes:
             print("changed:", ", ".join(changes), flush=True)
             lines.append(json.dumps(dict(step=first, changed=changes)))
-        with atomic(log) as file:  # without repeats: a run that is killed again logs its changes again
-            file.write("".join(line + "\n" for line in dict.fromkeys(lines)).encode())
+        with atomic(log) as file:
+            file.write("".join(line + "\n" for line in lines).encode())
         if args.wandb:
             import wandb
             board = wandb.init(project="dispersive", dir=str(out), config=config)
