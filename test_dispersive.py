@@ -826,7 +826,7 @@ def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little):
     curve = column("out", "loss")
     assert len(curve) == 3 and curve[-1][0] < 0.9 * curve[0][0]
     picture = Image.open("out/samples/0000060.png")
-    assert picture.mode == "RGB" and picture.width / picture.height == 8 / 10 and np.asarray(picture).std() > 10
+    assert picture.mode == "RGB" and picture.width / picture.height == 8 / 10 and np.asarray(picture)[-9:].std() > 10
 
 
 # ----------------------------------------
