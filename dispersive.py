@@ -153,7 +153,7 @@ def mean_off_diagonal(a, b):
     # C is dim x dim, far too large, but its sum of squares needs only n x n matrices. Factors rotate inside a trace:
     # sum_mn C_mn^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2 = sum_ij (a a^T)_ij (b b^T)_ij / n^2
     n, dim = a.shape[-2:]
-    everything = (gram(a) * gram(b)).sum((-2, -1)) / n ** 2
+    everything = (gram(a) ** 2 if a is b else gram(a) * gram(b)).sum((-2, -1)) / n ** 2
     diagonal = (a * b).mean(-2).square().sum(-1)
     return (everything - diagonal) / (dim * (dim - 1))
 

@@ -185,8 +185,8 @@ def main(argv=None):
             row[:] = read_image(file)
         with atomic(part / "archive.npz") as file:
             np.savez(file, arr_0=pixels, arr_1=labels)
-    if out.exists():
-        raise UserError(f"{out}: exists already: a run with other flags has finished first; remove it, and start again")
+    if out.exists() or grid.exists():
+        raise UserError(f"{out}: it or {grid} exists already: another run finished first; remove it, and start again")
     with naming(out):
         if npz:
             os.rename(part / "archive.npz", out)

@@ -115,13 +115,14 @@ def value_and_gradient(function, z):
 
 
 CASES = {"spread 1": lambda z: z, "spread 0.1": lambda z: 0.1 * z, "collapsed": lambda z: 1e-3 * z,
-         "saturated": lambda z: 2.5 * z, "offset": lambda z: z + 1000 * rn(8, 5, 7).sign()}
+         "saturated": lambda z: 2.5 * z, "offset": lambda z: z + 1000 * rn(8, *z.shape[2:]).sign()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_their_gradients_are_the_pairwise_loops(kind, case):
-    views, options = torch.stack([rn(1, 12, 5, 7), rn(1, 12, 5, 7) + 0.3 * rn(2, 12, 5, 7)]), (kind, 0.4, 1.2)
+@pytest.mark.parametrize("shape", [(5, 7), (8, 8)])  # 64 divides 8 x 8
+def test_losses_and_their_gradients_are_the_pairwise_loops(kind, case, shape):
+    views, options = torch.stack([rn(1, 12, *shape), rn(1, 12, *shape) + 0.3 * rn(2, 12, *shape)]), (kind, 0.4, 1.2)
     for fast, slow in ((lambda v: dispersive_loss(v[0], *options), lambda v: slow_loss(v[0], None, *options)),
                        (lambda v: contrastive_loss(*v, *options, 0.7), lambda v: slow_loss(*v, *options, 0.7))):
         value, gradient = value_and_gradient(fast, CASES[case](views))
@@ -587,10 +588,13 @@ def launch(*args, main=train.main, fault=bool, ranks=1):
 
 
 def ends(processes):
-    """Their exit codes; None for one that hangs."""
+    """Their exit codes; None for what was killed."""
     for process in processes:
         process.join(60)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def wait_for(condition):
@@ -717,7 +721,7 @@ def test_unreadable_images_are_left_out_and_listed_and_one_usable_image_trains(b
 
 
 def chunks_of_ten(hang=None):
-    """Cache ten images at a time; hang at this opening of an array, from 0: after one at the start, two a chunk."""
+    """Cache ten images at a time; hang at this opening of an array: one at the start, two for each chunk."""
     train.CHUNK, count, inner = 10, iter(range(99)), train.open_array
     train.open_array = lambda path: next(count) == hang and time.sleep(60) or inner(path)
 
@@ -730,15 +734,15 @@ def test_killed_while_caching_two_ranks_go_on_with_what_is_not_done(base, photos
     process.kill()
     process.join()
     assert "labels.npy: No such file" in fails(train.main, capsys, "--data", "cache")
-    rows = np.load("cache/latents.npy", mmap_mode="r+")
-    rows[[3, 23]] = 7  # in a chunk that is done, and in one that is not
-    rows.flush()
+    rows, marks = (np.load(f"cache/{name}.npy", mmap_mode="r+") for name in ("latents", "labels.new"))
+    rows[[3, 23]] = 7  # in a chunk that is done, although it has an unreadable image, and in one that is not,
+    marks[3], marks[20] = -1, 0  # although its first image is
     assert ends(launch(*args, fault=chunks_of_ten, ranks=2)) == [0, 0]
-    expected = np.load(photos / "cache/latents.npy")
-    expected[3] = 7
-    assert np.array_equal(np.load("cache/latents.npy"), expected)
-    for name in ("labels.npy", "meta.json"):
-        assert Path("cache", name).read_bytes() == (photos / "cache" / name).read_bytes()
+    for name, value in (("latents", 7), ("labels", -1)):
+        expected = np.load(photos / f"cache/{name}.npy")
+        expected[3] = value
+        assert np.array_equal(np.load(f"cache/{name}.npy"), expected)
+    assert Path("cache/meta.json").read_bytes() == (photos / "cache/meta.json").read_bytes()
 
 
 def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
@@ -821,12 +825,12 @@ def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(
         assert train.parse([]).batch == batch and train.parse(["--batch", "48"]).batch == 48
 
 
-def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little):
+def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
     trains("--model", "SiT-nano/4", "--steps", 60, "--log-every", 20)
-    curve = column("out", "loss")
-    assert len(curve) == 3 and curve[-1][0] < 0.9 * curve[0][0]
+    (first,), _, (last,) = column("out", "loss")
+    assert last < 0.9 * first and "sample.py --ckpt out/ckpt.pt --steps 25" in capsys.readouterr().out
     picture = Image.open("out/samples/0000060.png")
-    assert picture.mode == "RGB" and picture.width / picture.height == 8 / 10 and np.asarray(picture)[-9:].std() > 10
+    assert picture.mode == "RGB" and picture.size == (512, 640) and np.asarray(picture)[-9:].std() > 10
 
 
 # ----------------------------------------
@@ -960,7 +964,6 @@ def test_training_starts_from_the_ema_of_a_checkpoint_or_from_published_weights(
 
 
 def test_the_log_counts_epochs_and_operations(base):
-    """Those of forward and backward, of both views."""
     trains(*base, "--epochs", 3, "--contrastive", "independent")  # 3 x 48 images in batches of 32
     trains(*base, "--batch", 480, "--out", "default")  # 80 x 48
     assert column("out", "step")[-1] == [4] and column("default", "step")[-1] == [8]
@@ -1110,8 +1113,7 @@ def test_a_second_signal_a_second_later_exits_at_once_and_a_dead_run_locks_nobod
     assert "run: another process is writing there" in fails(train.main, capsys, *args)
     for _ in range(2):
         os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.1)
-    time.sleep(1)
+        time.sleep(0.6)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGTERM)
     process.join(5)
@@ -1374,8 +1376,7 @@ def content(path):
 
 
 @pytest.mark.parametrize("objective, labels", [("flow", [0, 1]), ("diffusion", [2, 2]), ("meanflow", [2, 2])])
-def test_samples_are_the_emas_with_noise_of_their_own_and_the_null_label_if_there_are_none(objective, labels, ckpts,
-                                                                                           sampling, tmp_path):
+def test_samples_are_the_emas_with_noise_of_their_own(objective, labels, ckpts, sampling, tmp_path):
     path, net = ckpts[objective]
     sampling("x.npz", "--ckpt", path, "--n", 2, "--steps", 3, "--seed", 3)
     streams = [np.random.default_rng([3, i]) for i in range(2)]
@@ -1454,7 +1455,7 @@ def test_a_run_that_finishes_second_does_not_overwrite(name, sampling, tmp_path,
         first.extend([content(tmp_path / name), content(tmp_path / "x.png")])
         return real(*args, **options)
     monkeypatch.setattr(sample, "generate", generate)
-    assert f"{name}: exists already" in fails(lambda argv: sampling(name), capsys)
+    assert f"{name}: it or " in fails(lambda argv: sampling(name), capsys)
     assert first == [content(tmp_path / name), content(tmp_path / "x.png")]
 
 
@@ -1755,8 +1756,7 @@ def test_resize_is_tensorflow_1(height, width):
     np.testing.assert_allclose(resized, expected, atol=0.02)
 
 
-def test_random_weights_have_a_fixed_seed_and_published_ones_load_without_counters_from_an_old_format(inception,
-                                                                                                     tmp_path):
+def test_random_weights_have_a_fixed_seed_and_published_ones_load_as_they_come(inception, tmp_path):
     images = golden_images()[:1]
     assert torch.equal(fid.Inception("random").fc.weight, inception_of("random").fc.weight)
     state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}

@@ -12,6 +12,7 @@ import argparse
 import collections
 import colorsys
 import copy
+import fcntl
 import functools
 import json
 import math
@@ -47,7 +48,6 @@ LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 
 def parse(argv):
     p = Parser(prog="train.py", description=__doc__)
-
     count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     def flag(name, default=None, help="", **options):
@@ -191,14 +191,15 @@ def cache_images(args, rank, world, device):
     pixels, array, marks = meta["vae"] == "none", target / "latents.npy", target / "labels.new.npy"
     if not pixels and size % 8:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
-    before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
-    differ = [name for name in meta if before.get(name) != meta[name]]
-    if differ and (before or array.exists()):
-        raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
-    vae = None if pixels else VAE(meta["vae"]).to(device)
+    with naming(target):  # the VAE is loaded before anything is written, since it may not be found
+        vae = None if pixels or (target / "labels.npy").exists() else VAE(meta["vae"]).to(device)
     if rank == 0:
         with naming(target):
             locked = lock(target)
+            before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
+            differ = [name for name in meta if before.get(name) != meta[name]]
+            if differ and (before or array.exists()):
+                raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
             if not array.exists():
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
@@ -223,6 +224,7 @@ def cache_images(args, rank, world, device):
             found = np.array([-1 if image is None else label for image, label in zip(loaded, labels[first:])])
             for path, rows in ((array, images.numpy()), (marks, found)):
                 with naming(path), open(path, "r+b") as file:  # on a full disk an error; mapped memory would crash
+                    fcntl.lockf(file, fcntl.LOCK_EX)  # against ranks on other nodes, since network disks write pages
                     file.seek(open_array(path).offset + first * rows[0].nbytes)
                     file.write(rows.tobytes())
                     file.flush()
@@ -665,14 +667,13 @@ def main(argv=None):
         data.add_features(args.repa, side ** 2)
     held_out = Data.open(args.val) if args.val else None
     if held_out and (held_out.shape, held_out.classes, held_out.vae) != (data.shape, data.classes, data.vae):
-        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
+        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's ({data.vae})")
     if args.label_dropout == 1:
         for part in [data, held_out] if held_out else [data]:
             part.labels = np.full_like(part.labels, len(data.classes))  # the null label
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
-        out = args.out
-        print(f"see {out}/samples; next: python sample.py --ckpt {out}/ckpt.pt --steps 25 --out {out}/generated")
+        print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
 
 
 if __name__ == "__main__":
