@@ -158,21 +158,20 @@ def demo_data(n=4000, size=16, oversample=8):
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for item in items:
-            current, coming = coming, pool.submit(function, item)
-            if current:
-                yield current.result()
-        if coming:
-            yield coming.result()
+        futures = (pool.submit(function, item) for item in items)
+        coming = next(futures, None)
+        while coming:
+            current, coming = coming, next(futures, None)
+            yield current.result()
 
 
-def load_crop(file, size):
-    """An image file -> its pixels (3, size, size) uint8; None, and a line on stderr, if it cannot be read."""
+def load_crop(file, label, size):
+    """An image file -> pixels (3, size, size) uint8 and label; black, -1 and a line on stderr if it is unreadable."""
     try:
-        return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1)
+        return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), label
     except UnreadableFile as error:
         sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
+        return np.zeros((3, size, size), np.uint8), -1
 
 
 def cache_images(args, rank, world, device):
@@ -186,21 +185,22 @@ def cache_images(args, rank, world, device):
         raise UserError(f"--images {folder}: expected class folders that hold images, found images without a class")
     names = [file.relative_to(folder) for file in files]
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
-    listing = zlib.crc32("\n".join(map(str, names)).encode())
+    listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
     meta = dict(classes=classes.tolist(), vae=args.vae or "ema", size=size, images=f"{len(files)} ({listing:08x})")
     pixels, array, marks = meta["vae"] == "none", target / "latents.npy", target / "labels.new.npy"
     if not pixels and size % 8:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
     with naming(target):  # the VAE is loaded before anything is written, since it may not be found
-        vae = None if pixels or (target / "labels.npy").exists() else VAE(meta["vae"]).to(device)
+        complete = (target / "labels.npy").exists()
+        vae = None if pixels or complete else VAE(meta["vae"]).to(device)
     if rank == 0:
         with naming(target):
             locked = lock(target)
-            before = read_json(target / "meta.json") if (target / "meta.json").exists() else {}
+            before = read_json(target / "meta.json") if array.exists() or complete else meta
             differ = [name for name in meta if before.get(name) != meta[name]]
-            if differ and (before or array.exists()):
+            if differ:
                 raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
-            if not array.exists():
+            if not array.exists() and not complete:
                 with atomic(target / "meta.json") as file:
                     file.write(json.dumps(meta, indent=1).encode())
                 np.save(marks, np.full(len(files), -2))
@@ -212,20 +212,20 @@ def cache_images(args, rank, world, device):
         return
     cached = open_array(marks) > -2
     todo = [first for first in range(0, len(files), CHUNK)[rank::world] if not cached[first:first + CHUNK].all()]
-    blank = np.zeros((3, size, size), np.uint8)
-    progress = Progress("caching", len(todo) * CHUNK * world, quiet=rank > 0)
+    progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-        load = lambda first: [*pool.map(functools.partial(load_crop, size=size), files[first:first + CHUNK])]
+        crop = functools.partial(load_crop, size=size)
+        load = lambda first: [*pool.map(crop, files[first:first + CHUNK], labels[first:first + CHUNK])]
         for first, loaded in zip(todo, one_ahead(load, todo)):
-            images = torch.from_numpy(np.stack([blank if image is None else image for image in loaded]))
-            if not pixels:  # mean and std of each image and of its mirror, whose latent is not the mirror of the latent
-                x = images.to(device).float() / 127.5 - 1
+            images, found = map(np.stack, zip(*loaded))
+            if not pixels:  # of each image and of its mirror, whose latent is not the mirror of the latent
+                x = torch.from_numpy(images).to(device).float() / 127.5 - 1
                 images = torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half().cpu()
-            found = np.array([-1 if image is None else label for image, label in zip(loaded, labels[first:])])
-            for path, rows in ((array, images.numpy()), (marks, found)):
+            for path, rows in ((array, np.asarray(images)), (marks, found)):
+                begin = open_array(path).offset + first * rows[0].nbytes
                 with naming(path), open(path, "r+b") as file:  # on a full disk an error; mapped memory would crash
                     fcntl.lockf(file, fcntl.LOCK_EX)  # against ranks on other nodes, since network disks write pages
-                    file.seek(open_array(path).offset + first * rows[0].nbytes)
+                    file.seek(begin)
                     file.write(rows.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
@@ -396,12 +396,11 @@ class Losses(nn.Module):
         with self.autocast():
             error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
             z = dict(zip(self.captured, activations))
-            projected = self.projector(z[args.repa_block][:n]) if args.repa else None
         error = error[:n]  # of the first view; the second one is there for its activations
         terms = {"loss": error.mean()}
         total = self.objective.weight(error, inputs["x"][0].numel()).mean() if self.meanflow else terms["loss"]
         if args.disp_blocks:
-            loss = contrastive_loss if args.contrastive else dispersive_loss  # of the two views, or of the one
+            loss = contrastive_loss if args.contrastive else dispersive_loss
             terms["disp"] = torch.stack([
                 loss(*z[block].chunk(len(views)), args.disp, args.disp_tau, args.disp_margin, group=args.disp_group)
                 for block in args.disp_blocks]).mean()
@@ -409,7 +408,8 @@ class Losses(nn.Module):
             distances = [mean_distance(z[block][:n], args.disp_group) for block in args.disp_blocks]
             terms["distance"] = torch.stack(distances).mean()
         if args.repa:
-            terms["repa"] = repa_loss(projected, features)
+            with self.autocast():
+                terms["repa"] = repa_loss(self.projector(z[args.repa_block][:n]), features)
             total = total + args.repa_weight * terms["repa"]
         return total, {name: term.detach() for name, term in terms.items()}
 
@@ -417,7 +417,7 @@ class Losses(nn.Module):
     def evaluate(self, net, data, entries, blocks=()):
         """The regression loss of a network on these entries, summed, and its activations after the blocks.
 
-        The draws depend on the first entry alone: neither on the seed nor on the batch.
+        The draws depend on the entries alone.
         """
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
         device = net.pos_embed.device
@@ -437,7 +437,7 @@ def picture(losses, ema, path, decode, device):
     labels = np.unique(data.labels[data.rows])
     labels = labels[np.linspace(0, len(labels) - 1, 10).round().astype(int)].repeat(8)
     images = generate(ema, losses.objective, data.shape, torch.from_numpy(labels), range(80), args.seed, device,
-                      args.dtype, decode, steps=1 if args.objective == "meanflow" else 25)
+                      args.dtype, decode, steps=1 if losses.meanflow else 25)
     save_grid(images, path)
     measures = dict(block_distance=[], block_rank=[], block_norm=[])
     entries = data.spread(64)
@@ -466,16 +466,16 @@ def resume(out, config, parts):
     path, changes = paths[0], []
     try:
         state = load_file(path)
-    except UserError as error:
+    except UnreadableFile as error:
         hint = f"; delete it to go on from {paths[1]}" if paths[1:] else ""
         raise UserError(f"{error}{hint}") from None
     if not {*parts, "step", "config"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
     for name, now in config.items():
         before, flag = state["config"].get(name), "--" + name.replace("_", "-")
-        if before != now and name not in LOGGED:
-            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
         if before != now:
+            if name not in LOGGED:
+                raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
             changes.append(f"{flag} {before} -> {now}")
     for name in parts.keys() - {"opt"}:
         load_weights(parts[name], state[name], path)
@@ -511,7 +511,10 @@ def max_over_ranks(value, cpu_group):
 
 
 def flops_per_image(args, shape):
-    """Floating-point operations of a training step for one image (C, H, W), in all views: forward and backward."""
+    """Floating-point operations of a training step for one image (C, H, W), in all views: forward and backward.
+
+    MeanFlow's derivative and guidance and REPA's projector are not counted.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = build_model(args.model, in_channels=shape[0], input_size=shape[-1])
         net(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
@@ -550,7 +553,6 @@ def train(args, data, held_out, rank, world, device):
         with naming(out):
             (out / "samples").mkdir(exist_ok=True)
             (out / "snapshots").mkdir(exist_ok=True)
-    barrier()
     config = {name: value for name, value in vars(args).items() if name not in FREE} | data.contents()
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
     first, changes = resume(out, config, parts)
@@ -564,7 +566,7 @@ def train(args, data, held_out, rank, world, device):
               f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
         # what the log holds beyond the checkpoint will be logged again
         lines = log.read_text().splitlines() if log.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+        lines = [line for line in lines if line[:1] == "{" and line[-1] == "}" and json.loads(line)["step"] <= first]
         if changes:
             print("changed:", ", ".join(changes), flush=True)
             lines.append(json.dumps(dict(step=first, changed=changes)))
@@ -642,18 +644,16 @@ def train(args, data, held_out, rank, world, device):
         if stopped_by:
             break
     stopped_by = max_over_ranks(max(signals, default=0), cpu_group)  # also what came during the last step
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank == 0:
         locked.close()
-        if stopped_by:
-            print(f"{signal.Signals(stopped_by).name}: saved at step {logged:,}; the same command goes on")
     if stopped_by:
+        if rank == 0:
+            print(f"{signal.Signals(stopped_by).name}: saved at step {logged:,}; the same command goes on")
         sys.exit(128 + stopped_by)
 
 
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     rank, world, device = start()
     if args.images:
         cache_images(args, rank, world, device)
