@@ -588,7 +588,7 @@ def launch(*args, main=train.main, fault=bool, ranks=1):
 
 
 def ends(processes):
-    """Their exit codes; None for what was killed."""
+    """Their exit codes; None: killed."""
     for process in processes:
         process.join(60)
     codes = [process.exitcode for process in processes]
