@@ -40,7 +40,7 @@ from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableFile,
                     weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# flags that may differ when a run goes on (data are compared by content), and those of which the log then has a line
+# flags that may differ when a run goes on (data are compared by content), and those whose change is then logged
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
         "out", "init", "data", "val", "images", "cache_only", "size", "vae"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
@@ -175,7 +175,7 @@ def load_crop(file, label, size):
 
 
 def cache_images(args, rank, world, device):
-    """Turn --images into the arrays of --data: latents.npy, meta.json, and last labels.npy (-1: unreadable image).
+    """Turn --images into the arrays of --data: first meta.json, then latents.npy, last labels.npy (-1: unreadable).
 
     Until then labels are in labels.new.npy, -2 where an image is not cached yet: an interrupted run goes on there.
     """
@@ -258,7 +258,7 @@ class Data:
         classes, vae = meta.get("classes"), meta.get("vae")
         dtype, channels = ("uint8", (3,)) if vae == "none" else ("float16", (2, 8))
         if (not isinstance(classes, list) or not isinstance(vae, str) or latents.dtype != dtype or not latents.size
-                or latents.shape != (*labels.shape, *channels, *2 * latents.shape[-1:])
+                or latents.shape != (*labels.shape, *channels, *latents.shape[-1:] * 2)
                 or labels.dtype.kind != "i" or labels.min() < -1 or not 0 <= labels.max() < len(classes)):
             raise UserError(f"{folder}: expected what --images makes, found latents.npy {latents.dtype} "
                             f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
@@ -312,7 +312,7 @@ def batch_entries(seed, step, batch, n):
 
 
 def batches(data, steps, batch, mine, seed, device):
-    """Yield this rank's slice `mine` of the global batch of every step: [images, labels, features if any]."""
+    """Yield this rank's slice `mine` of the global batch of every step, as Data.read gives it."""
     def read(step):
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
         return data.read(batch_entries(seed, step, batch, len(data.rows))[mine], flips[mine])
@@ -381,7 +381,7 @@ class Losses(nn.Module):
             last = 999 if discrete else 1
             t = (first["t"] + 0.005 * last * (2 * rand("shift") - 1)).clamp(0, last)
             second |= dict(t=t.round().long() if discrete else t, noise=first["noise"])
-        return [first, second | dict(r=second["t"])]
+        return [first, second | dict(r=second["t"])]  # MeanFlow's samples with r != t are in the first view
 
     def forward(self, views, position, features=None):
         """The total to minimise, a scalar, and its terms, {name: scalar}.
@@ -583,7 +583,7 @@ def train(args, data, held_out, rank, world, device):
         views = losses.views(images, labels, step, mine)
         for begin in range(0, share, micro):
             part = slice(begin, begin + micro)
-            parallel.require_backward_grad_sync = part.stop == share  # DDP exchanges in the last pass
+            parallel.require_backward_grad_sync = part.stop == share  # DDP's: exchange in the last pass
             total, terms = parallel([{name: value[part] for name, value in view.items()} for view in views],
                                     mine.start + begin, *[feature[part] for feature in features])
             (total * micro / share).backward()
@@ -627,9 +627,9 @@ def train(args, data, held_out, rank, world, device):
             if due(args.sample_every):
                 line |= picture(losses, ema, out / "samples" / f"{done:07d}.png", decode, device)
             show = lambda value: " ".join(f"{v:.4g}" for v in np.ravel(value))
-            values = "  ".join(f"{name} {show(value)}" for name, value in line.items())
+            text = "  ".join(f"{name} {show(value)}" for name, value in line.items())
             left = timedelta(seconds=int((steps - done) * args.batch / rate))
-            print(f"step {done:,}/{steps:,}  {values}  left {left}", flush=True)
+            print(f"step {done:,}/{steps:,}  {text}  left {left}", flush=True)
             with naming(log), open(log, "a") as file:
                 file.write(json.dumps(dict(step=done, **line)) + "\n")
             if args.wandb:
