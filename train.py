@@ -190,26 +190,24 @@ def cache_images(args, rank, world, device):
     pixels, array, marks = meta["vae"] == "none", target / "latents.npy", target / "labels.new.npy"
     if not pixels and size % 8:
         raise UserError(f"--size {size}: the VAE needs a multiple of 8")
-    with naming(target):  # the VAE is loaded before anything is written, since it may not be found
-        complete = (target / "labels.npy").exists()
-        vae = None if pixels or complete else VAE(meta["vae"]).to(device)
     if rank == 0:
-        with naming(target):
-            locked = lock(target)
-            before = read_json(target / "meta.json") if array.exists() or complete else meta
-            differ = [name for name in meta if before.get(name) != meta[name]]
-            if differ:
-                raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
-            if not array.exists() and not complete:
-                with atomic(target / "meta.json") as file:
-                    file.write(json.dumps(meta, indent=1).encode())
-                np.save(marks, np.full(len(files), -2))
-                shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
-                np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # zeros
-                os.replace(target / "new.npy", array)
-    barrier()
+        locked = lock(target)
+        before = read_json(target / "meta.json") if array.exists() else meta
+        differ = [name for name in meta if before.get(name) != meta[name]]
+        if differ:
+            raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
     if (target / "labels.npy").exists():
         return
+    vae = None if pixels else VAE(meta["vae"]).to(device)
+    if rank == 0 and not array.exists():  # begun after the VAE has been found
+        with naming(target):
+            with atomic(target / "meta.json") as file:
+                file.write(json.dumps(meta, indent=1).encode())
+            np.save(marks, np.full(len(files), -2))
+            shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
+            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # zeros
+            os.replace(target / "new.npy", array)
+    barrier()
     cached = open_array(marks) > -2
     todo = [first for first in range(0, len(files), CHUNK)[rank::world] if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
