@@ -563,13 +563,13 @@ def train(args, data, held_out, rank, world, device):
               f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images or latents {data.shape} "
               f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
         # what the log holds beyond the checkpoint will be logged again
-        lines = log.read_text().splitlines() if log.exists() else []
-        lines = [line for line in lines if line[:1] == "{" and line[-1] == "}" and json.loads(line)["step"] <= first]
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        lines = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= first]
         if changes:
             print("changed:", ", ".join(changes), flush=True)
-            lines.append(json.dumps(dict(step=first, changed=changes)))
+            lines.append(json.dumps(dict(step=first, changed=changes)) + "\n")
         with atomic(log) as file:
-            file.write("".join(line + "\n" for line in lines).encode())
+            file.write("".join(lines).encode())
         if args.wandb:
             import wandb
             board = wandb.init(project="dispersive", dir=str(out), config=config)
