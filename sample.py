@@ -180,9 +180,7 @@ def main(argv=None):
 
     shown = [read_image(file) for file in files[:64]]
     if npz:  # as ADM's: arr_0 (N, H, W, 3) uint8; in memory, 50,000 images of 256 pixels are 10 GB
-        pixels = np.empty((args.n, *np.shape(shown[0])), np.uint8)
-        for row, file in zip(pixels, files):
-            row[:] = read_image(file)
+        pixels = np.fromiter(map(read_image, files), (np.uint8, np.shape(shown[0])), args.n)
         with atomic(part / "archive.npz") as file:
             np.savez(file, arr_0=pixels, arr_1=labels)
     if out.exists() or grid.exists():
@@ -368,8 +366,8 @@ def start(device=None):
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=PATIENCE,
-                            rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
+                            timeout=PATIENCE, rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
 
@@ -416,10 +414,11 @@ def naming(path, what=None):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Open a temporary file that replaces `path`, flushed to disk, when the block ends without an error."""
+    """Open a file that replaces `path`, whose folder is made, flushed to disk, when the block ends without an error."""
     part = Path(f"{path}.tmp")
     try:
         with naming(path):
+            part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
                 yield file
                 file.flush()

@@ -892,7 +892,7 @@ def check_by_hand(base, out, flags, **options):
     curve, expected = by_hand(base[1].parent, **options)
     for entry, values in zip(log_of(out), curve):
         close([entry[name] for name in values], [*values.values()], 1e-4)
-        assert ("disp" in entry) == ("disp" in values)
+        assert ("disp" in entry) == ("disp" in values) and "val" not in entry
     assert weights(out, "opt")["param_groups"][0]["betas"][1] == options.get("beta2", 0.999)
     for which in expected if "features" in options else ("model", "ema"):
         for name, value in weights(out, which).items():
@@ -1067,7 +1067,7 @@ def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, cod
     assert re.search(said, Path("log0").read_text())
     assert "saved at" not in said or weights("run", "step") > 2
     with open("run/log.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')  # a line cut short
+        file.write('{"step": 2, "lo')  # cut short
     assert ends(launch(*args, ranks=ranks, fault=partial(in_step, 0, partial(send, 9)))) == [0] * ranks  # no new start
     if ranks == 1:
         assert same_run("run", reference)
@@ -1896,5 +1896,5 @@ def test_damaged_image_and_data_folders_are_one_line_each(sides, tmp_path, capsy
     assert re.search(r"002.png: \(6, 5\) pixels, but \(20, 24\) in .*000.png", fails(run_fid, capsys, folder, good))
     data = data_folder(tmp_path / "data", np.zeros((4, 2, 8, 4, 4), np.float16))
     assert "float16 (4, 2, 8, 4, 4), not pixels" in fails(run_fid, capsys, data, good)
-    os.remove(data / "labels.npy")  # as when caching was interrupted
+    os.remove(data / "labels.npy")  # unfinished
     assert "labels.npy" in fails(run_fid, capsys, data, good)

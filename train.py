@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive_floor, dispersive_loss, effective_rank,
                         mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
+from sample import (OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
                     center_crop, compile_blocks, default_dtype, default_objective, generate, list_images, load_file,
                     load_weights, lock, naming, number, open_array, read_image, read_json, run, save_grid, start,
                     weights_in)
@@ -42,7 +42,7 @@ from sample import (OBJECTIVES, PATIENCE, VAE, Parser, Progress, UnreadableFile,
 CHUNK = 256  # images that are cached at a time
 # flags that may differ when a run goes on (data are compared by content), and those whose change is then logged
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
-        "out", "init", "data", "val", "images", "cache_only", "size", "vae"}
+        "out", "init", "val", "images", "cache_only", "size"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 
 
@@ -53,7 +53,7 @@ def parse(argv):
     def flag(name, default=None, help="", **options):
         """A flag whose help ends in its default; one that is an int asks for a count, a float for an amount from 0."""
         if type(default) in (int, float):
-            options = dict(type=count if type(default) is int else amount) | options
+            options.setdefault("type", count if type(default) is int else amount)
         p.add_argument(name, default=default, help=help if default is None else f"{help} ({default})", **options)
 
     # data
@@ -119,7 +119,7 @@ def parse(argv):
     depth = MODELS[args.model]["depth"]
     if args.repa and args.repa_block > depth:
         p.error(f"--repa-block {args.repa_block}: expected a number from 1 to {depth}")
-    known, text = [str(block) for block in range(1, depth + 1)], args.disp_blocks or str(max(1, depth // 4))
+    known, text = [str(block) for block in range(1, depth + 1)], args.disp_blocks or str(depth // 4)
     chosen = known if text == "all" else text.split(",")
     if not {*chosen} <= {*known}:
         p.error(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
@@ -136,21 +136,21 @@ SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8
           "spark": (4, 0.35, 0, 0), "cross": (4, 0.35, 1 / 8, 0)}
 
 
-def demo_data(n=4000, size=16, oversample=8):
+def demo_data(n=4000, size=16):
     """The demo's images (n, 3, size, size) uint8 and labels (n,): shapes of any colour, in varied sizes and places."""
-    rng, background = np.random.default_rng(0), (16, 18, 32)
+    rng, background, large = np.random.default_rng(0), (16, 18, 32), 8 * size  # drawn large, then averaged
     images, labels = np.empty((n, 3, size, size), np.uint8), np.arange(n) % len(SHAPES)
     for image, label in zip(images, labels):
         points, inner, turns, hole = list(SHAPES.values())[label]
         angles = math.pi * np.arange(2 * points) / points + 2 * math.pi * turns
-        radius = oversample * size * rng.uniform(0.36, 0.44) * np.resize([1, inner], 2 * points)
+        radius = large * rng.uniform(0.36, 0.44) * np.resize([1, inner], 2 * points)
         outline = np.stack([radius * np.sin(angles), -radius * np.cos(angles)], 1)
-        centre = oversample * size * rng.uniform(0.45, 0.55, 2)
+        centre = large * rng.uniform(0.45, 0.55, 2)
         color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0)
-        canvas = Image.new("RGB", (size * oversample, size * oversample), background)
+        canvas = Image.new("RGB", (large, large), background)
         draw = ImageDraw.Draw(canvas)
-        draw.polygon([tuple(point) for point in centre + outline], fill=tuple(int(255 * c) for c in color))
-        draw.polygon([tuple(point) for point in centre + hole * outline], fill=background if hole else None)
+        draw.polygon([*(centre + outline).flat], fill=tuple(int(255 * c) for c in color))
+        draw.polygon([*(centre + hole * outline).flat], fill=background if hole else None)
         image[:] = np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
     return images, labels, list(SHAPES)
 
@@ -231,7 +231,7 @@ def cache_images(args, rank, world, device):
     barrier()
     if rank == 0:
         if open_array(marks).max() < 0:
-            raise UserError(f"--images {folder}: none of its {len(files)} images can be read")
+            raise UserError(f"--images {folder}: none of its images can be read")
         os.replace(marks, target / "labels.npy")
         locked.close()
     barrier()
@@ -247,7 +247,7 @@ class Data:
         self.latents, self.labels, self.classes, self.vae = latents, labels, classes, vae
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels, self.features = vae == "none", None
-        self.shape = latents.shape[1:] if self.pixels else (latents.shape[2] // 2, *latents.shape[3:])
+        self.shape = latents.shape[1:] if self.pixels else (4, *latents.shape[3:])
 
     @classmethod
     def open(cls, folder):
@@ -265,8 +265,8 @@ class Data:
     def add_features(self, path, tokens):
         self.features, expected = open_array(path), (len(self.labels), 2, tokens)
         if self.features.dtype.kind != "f" or self.features.shape[:-1] != expected:
-            raise UserError(f"--repa {path}: is {self.features.dtype} {self.features.shape}, where floats "
-                            f"({', '.join(map(str, expected))}, D) are expected")
+            raise UserError(f"--repa {path}: expected floats {expected} x D, found {self.features.dtype} "
+                            f"{self.features.shape}")
 
     def contents(self):
         """What tells these data from others: checksums, of large arrays those of about 64 rows."""
@@ -351,7 +351,7 @@ class Losses(nn.Module):
         if args.repa:
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1])
         self.captured = sorted({*args.disp_blocks, *([args.repa_block] if args.repa else [])})
-        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def draw_view(self, images, labels, seed, step, n, mine=slice(None), prefix=""):
         """What the objective's loss takes, as a dict: `mine` of what is drawn for n samples at this step."""
@@ -363,35 +363,29 @@ class Losses(nn.Module):
         x = self.data.prepare(images, randn("posterior"))
         return dict(x=x, y=labels, t=t[mine], r=r[mine], noise=randn("noise"))
 
-    def views(self, images, labels, step, mine):
-        """The view of this rank's share of the batch, and for a contrastive loss a second one of the same images."""
-        args, device = self.args, images.device
-        rand = lambda purpose: torch.rand(args.batch, generator=stream(args.seed, step, purpose, device),
-                                          device=device)[mine]
+    def forward(self, step, position, images, labels, features=None):
+        """The total to minimise, a scalar, and its terms, {name: scalar}, for a part of the batch of this step.
+
+        position: that of the first sample in the global batch. images, labels, features: as Data.read gives them.
+        """
+        args, n, mine = self.args, len(images), slice(position, position + len(images))
+        rand = lambda purpose: torch.rand(args.batch, generator=stream(args.seed, step, purpose, images.device),
+                                          device=images.device)[mine]
         y = torch.where(rand("label") < args.label_dropout, self.net.num_classes, labels)
         draw = functools.partial(self.draw_view, images, y, args.seed, step, args.batch, mine)
         first = draw()
-        if not args.contrastive:
-            return [first]
-        second = draw("second ") | dict(x=first["x"])
-        if args.contrastive == "dependent":
-            discrete = args.objective == "diffusion"  # with step numbers up to 999 rather than times up to 1
-            last = 999 if discrete else 1
-            t = (first["t"] + 0.005 * last * (2 * rand("shift") - 1)).clamp(0, last)
-            second |= dict(t=t.round().long() if discrete else t, noise=first["noise"])
-        return [first, second | dict(r=second["t"])]  # MeanFlow's samples with r != t are in the first view
-
-    def forward(self, views, position, features=None):
-        """The total to minimise, a scalar, and its terms, {name: scalar}.
-
-        views: one dict of x, y, t, r, noise, each (n, ...), or two of the same images, for a contrastive loss.
-        position: that of the first sample in the global batch. features: the encoder's, for REPA.
-        """
-        args, n = self.args, len(views[0]["x"])
-        inputs = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+        views = [first]
+        if args.contrastive:  # a second view of the same images; MeanFlow's samples with r != t are in the first one
+            second = draw("second ") | dict(x=first["x"])
+            if args.contrastive == "dependent":
+                last = 999 if args.objective == "diffusion" else 1  # step numbers up to 999, or times up to 1
+                t = (first["t"] + 0.005 * last * (2 * rand("shift") - 1)).clamp(0, last)
+                second |= dict(t=t.round().long() if last == 999 else t, noise=first["noise"])
+            views.append(second | dict(r=second["t"]))
+        inputs = {name: torch.cat([view[name] for view in views]) for name in first}
         if self.meanflow:
             inputs["rows"] = slice(-position % self.objective.every, n, self.objective.every)  # those with r != t
-        with self.autocast():
+        with self.autocast:
             error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
             z = dict(zip(self.captured, activations))
         error = error[:n]  # of the first view; the second one is there for its activations
@@ -406,7 +400,7 @@ class Losses(nn.Module):
             distances = [mean_distance(z[block][:n], args.disp_group) for block in args.disp_blocks]
             terms["distance"] = torch.stack(distances).mean()
         if args.repa:
-            with self.autocast():
+            with self.autocast:
                 terms["repa"] = repa_loss(self.projector(z[args.repa_block][:n]), features)
             total = total + args.repa_weight * terms["repa"]
         return total, {name: term.detach() for name, term in terms.items()}
@@ -414,13 +408,11 @@ class Losses(nn.Module):
     @torch.no_grad()
     def evaluate(self, net, data, entries, blocks=()):
         """The regression loss of a network on these entries, summed, and its activations after the blocks.
-
-        The draws depend on the entries alone.
-        """
+        The draws depend on the entries alone."""
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
         device = net.pos_embed.device
         view = self.draw_view(images.to(device), labels.to(device), 0, entries[0], len(entries), prefix="val ")
-        with self.autocast():
+        with self.autocast:
             error, activations = self.objective.loss(net, **view, blocks=blocks)
         return error.sum(), activations
 
@@ -446,14 +438,13 @@ def picture(losses, ema, path, decode, device):
     return measures
 
 
-def save(out, step, config, parts):
-    """Write ckpt.pt; the one before stays as ckpt.prev.pt. Killed between the renames, a run goes on from that."""
+def save(path, step, config, parts, before=None):
+    """Write a checkpoint; the one that `path` held becomes `before`, from which a run goes on if it is killed here."""
     state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, config=config)
-    with atomic(out / "ckpt.new.pt") as file:
+    with atomic(path) as file:
         torch.save(state, file)
-    if (out / "ckpt.pt").exists():
-        os.replace(out / "ckpt.pt", out / "ckpt.prev.pt")
-    os.replace(out / "ckpt.new.pt", out / "ckpt.pt")
+        if before and path.exists():
+            os.replace(path, before)
 
 
 def resume(out, config, parts):
@@ -465,8 +456,7 @@ def resume(out, config, parts):
     try:
         state = load_file(path)
     except UnreadableFile as error:
-        hint = f"; delete it to go on from {paths[1]}" if paths[1:] else ""
-        raise UserError(f"{error}{hint}") from None
+        raise UserError(f"{error}; delete it to go on from {paths[1] if paths[1:] else 'the start'}") from None
     if not {*parts, "step", "config"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
     for name, now in config.items():
@@ -499,12 +489,12 @@ def note_signals():
     return noted
 
 
-def max_over_ranks(value, cpu_group):
+def max_over_ranks(value):
     """The greatest of the ranks' integers. The processes wait for each other here, but no GPU does."""
-    if cpu_group is None:
+    if not dist.is_initialized():
         return value
     values = torch.tensor(value)
-    dist.all_reduce(values, dist.ReduceOp.MAX, cpu_group)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)
 
 
@@ -534,33 +524,29 @@ def train(args, data, held_out, rank, world, device):
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or default_dtype(device)
     losses = Losses(args, data, device).to(device)
-    net, ema = losses.net, copy.deepcopy(losses.net).requires_grad_(False)
+    net = losses.net
+    ema = copy.deepcopy(net).requires_grad_(False)
     compile_blocks(net, args.compile, device)
     weights = [p for p in losses.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
-    parallel, cpu_group = losses, None
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
-        cpu_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True) if world > 1 else losses
     decode = None if data.pixels else VAE(args.vae or data.vae).to(device).decode
 
     # the run, new or continued
-    out, log = Path(args.out), Path(args.out, "log.jsonl")
+    out = Path(args.out)
+    log = out / "log.jsonl"
     if rank == 0:
         locked = lock(out)
-        with naming(out):
-            (out / "samples").mkdir(exist_ok=True)
-            (out / "snapshots").mkdir(exist_ok=True)
     config = {name: value for name, value in vars(args).items() if name not in FREE} | data.contents()
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
     first, changes = resume(out, config, parts)
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))
-    if max_over_ranks(first, cpu_group) + max_over_ranks(-first, cpu_group) != 0:  # max - min
+    if max_over_ranks(first) + max_over_ranks(-first) != 0:  # max - min
         raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
     if rank == 0:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device
         print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
-              f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images or latents {data.shape} "
+              f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images {data.shape} "
               f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
         # what the log holds beyond the checkpoint will be logged again
         lines = log.read_text().splitlines(True) if log.exists() else []
@@ -572,18 +558,16 @@ def train(args, data, held_out, rank, world, device):
             file.write("".join(lines).encode())
         if args.wandb:
             import wandb
-            board = wandb.init(project="dispersive", dir=str(out), config=config)
+            wandb.init(project="dispersive", dir=args.out, config=config)
 
     sums, logged, since, signals = collections.defaultdict(float), first, time.time(), note_signals()
     todo = range(first, steps)
-    for step, (images, labels, *features) in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
+    for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
-        views = losses.views(images, labels, step, mine)
         for begin in range(0, share, micro):
-            part = slice(begin, begin + micro)
-            parallel.require_backward_grad_sync = part.stop == share  # DDP's: exchange in the last pass
-            total, terms = parallel([{name: value[part] for name, value in view.items()} for view in views],
-                                    mine.start + begin, *[feature[part] for feature in features])
+            parallel.require_backward_grad_sync = begin + micro == share  # DDP's: exchange in the last pass
+            part = [tensor[begin:begin + micro] for tensor in batch]
+            total, terms = parallel(step, mine.start + begin, *part)
             (total * micro / share).backward()
             for name, value in terms.items():
                 sums[name] += value * micro / share
@@ -599,7 +583,7 @@ def train(args, data, held_out, rank, world, device):
             torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
 
         # what is due; the checkpoint comes last, so that a run that is killed before it repeats the rest
-        done, stopped_by = step + 1, max_over_ranks(max(signals, default=0), cpu_group)
+        done, stopped_by = step + 1, max_over_ranks(max(signals, default=0))
         due = lambda every: every and (done % every == 0 or done == steps)
         if not (stopped_by or any(map(due, (args.log_every, args.ckpt_every, args.sample_every, args.snapshot_every)))):
             continue
@@ -615,9 +599,9 @@ def train(args, data, held_out, rank, world, device):
         rate = (done - logged) * args.batch / (time.time() - since)
         line |= {"images/s": rate, "TFLOP/s": rate * flops / 1e12}
         if device.type == "cuda":
-            line["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+            line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         if rank == 0:
-            if held_out and due(args.ckpt_every):
+            if args.val and due(args.ckpt_every):
                 entries = held_out.spread(2048)
                 errors = [losses.evaluate(ema, held_out, entries[begin:begin + 64])[0]
                           for begin in range(0, len(entries), 64)]
@@ -631,17 +615,16 @@ def train(args, data, held_out, rank, world, device):
             with naming(log), open(log, "a") as file:
                 file.write(json.dumps(dict(step=done, **line)) + "\n")
             if args.wandb:
-                board.log(line, step=done)
+                wandb.log(line, step=done)
             if due(args.snapshot_every):
-                with atomic(out / "snapshots" / f"{done:07d}.pt") as file:
-                    torch.save(dict(ema=ema.state_dict(), step=done, config=config), file)
+                save(out / "snapshots" / f"{done:07d}.pt", done, config, dict(ema=ema))
             if stopped_by or due(args.ckpt_every):
-                save(out, done, config, parts)
+                save(out / "ckpt.pt", done, config, parts, out / "ckpt.prev.pt")
         sums.clear()
         logged, since = done, time.time()
         if stopped_by:
             break
-    stopped_by = max_over_ranks(max(signals, default=0), cpu_group)  # also what came during the last step
+    stopped_by = max_over_ranks(max(signals, default=0))  # also what came during the last step
     if rank == 0:
         locked.close()
     if stopped_by:
@@ -663,11 +646,11 @@ def main(argv=None):
         raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
     if args.repa:
         data.add_features(args.repa, side ** 2)
-    held_out = Data.open(args.val) if args.val else None
-    if held_out and (held_out.shape, held_out.classes, held_out.vae) != (data.shape, data.classes, data.vae):
-        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's ({data.vae})")
+    held_out = Data.open(args.val) if args.val else data
+    if (held_out.shape, held_out.classes, held_out.vae) != (data.shape, data.classes, data.vae):
+        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:
-        for part in [data, held_out] if held_out else [data]:
+        for part in (data, held_out):
             part.labels = np.full_like(part.labels, len(data.classes))  # the null label
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
