@@ -24,8 +24,8 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
         "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n over the batch
-    group: compare only so many consecutive samples, and average over groups (default: all; in the paper 16).
-    Returns a scalar to add to the loss, times 0.5 in the paper. ValueError for unknown kinds and single samples.
+    group: compare only so many consecutive samples, and average over groups (default: all; the paper: 16).
+    Returns a scalar to add to the loss, times 0.5 in the paper. ValueError for unknown kinds and unfit group sizes.
     """
     check_known(kind, "kind", KINDS)
     z = split_groups(z, group)
@@ -80,12 +80,12 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     return {"infonce": -math.log(n),
             "cosine": 1 / tau + math.log1p((n - 1) * math.exp(-n / (tau * (n - 1)))) - math.log(n),
             "hinge": margin ** 2 / n,
-            "covariance": 1 / (n - 1)}[kind]  # approximately; random features reach it
+            "covariance": 1 / (n - 1)}[kind]  # about, if dim >> n; random features reach it
 
 
 @torch.no_grad()
 def mean_distance(z, group=None):
-    """Mean of |z_i - z_j|^2 / dim over all pairs i != j of samples of z (B, ...), a scalar tensor."""
+    """Mean of |z_i - z_j|^2 / dim over pairs i != j in groups of z (B, ...), a scalar tensor."""
     z = split_groups(z, group)
     norms = torch.linalg.vector_norm(z - z.mean(-2, keepdim=True), dim=-1)
     return 2 * norms.square().sum() / z[:, 1:].numel()  # twice the unbiased variance, but faster
@@ -339,7 +339,7 @@ def null_labels(model, y):
 
 
 def predict(model, x, t, y, sit_time, cfg, interval, channels):
-    """The model's output at time t, a number; its first `channels` are guided where sit_time lies in the interval."""
+    """The model's output at t, a time or step; its first `channels` are guided where sit_time lies in the interval."""
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     if cfg == 1 or not min(interval) <= sit_time <= max(interval):
         return model(x, t, y).to(x.dtype)
@@ -554,7 +554,7 @@ class MeanFlow:
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), rows=slice(None)):
         """Mean squared error per sample (B,), to be passed through `weight`, and the named activations.
 
-        Arguments as in FlowMatching.loss, and r (B,), t by default. The model must not be wrapped in
+        Arguments as in FlowMatching.loss, and r (B,), t by default. The model itself must not be wrapped in
         DistributedDataParallel. rows: index of the samples with r != t, which cost a derivative (default: all).
         """
         if t is None:
@@ -574,7 +574,7 @@ class MeanFlow:
 
     @torch.no_grad()
     def target(self, net, x_t, y, t, r, v, rows):
-        """The MeanFlow identity, eq. 6 of the paper: u = v + (r - t) * du/dt along the path, with r held fixed."""
+        """The MeanFlow identity, eq. 6 of its paper: u = v + (r - t) * du/dt along the path, with r held fixed."""
         channels = x_t.shape[1]
         if (self.omega, self.kappa) != (1, 0):
             null = null_labels(net, y)

@@ -1065,9 +1065,9 @@ def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, cod
     args, reference = [*whole[0], "run"], whole[1]
     assert ends(launch(*args, ranks=ranks, fault=fault)) == [code] * ranks
     assert re.search(said, Path("log0").read_text())
-    assert "saved at" not in said or weights("run", "step") > 2
+    assert not said or weights("run", "step") > 1 + ("saved" in said)
     with open("run/log.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')  # cut short
+        file.write('{"step": 2, "lo')  # torn
     assert ends(launch(*args, ranks=ranks, fault=partial(in_step, 0, partial(send, 9)))) == [0] * ranks  # no new start
     if ranks == 1:
         assert same_run("run", reference)
@@ -1393,7 +1393,7 @@ def test_samples_depend_on_seed_and_index_alone(ckpts, sampling, tmp_path, monke
     flags = ["--ckpt", ckpts["flow"][0], "--num-samples", 6, "--steps", 2, "--dtype", "fp32", "--batch", 2]
     assert ends(launch(*flags, "--out", tmp_path / "two.npz", main=sample.main, ranks=2)) == [0, 0]
     one = np.load(tmp_path / "one.npz")
-    assert one["arr_0"].shape == (6, 16, 16, 3) and one["arr_1"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert one["arr_0"].nbytes == 6 * 16 * 16 * 3 and one["arr_1"].tolist() == [0, 1, 0, 1, 0, 1]
     for name, count in (("few", 5), ("two", 6)):
         pixels = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
         assert len(pixels) == count and np.abs(pixels - one["arr_0"][:count]).max() <= 1

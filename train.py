@@ -4,7 +4,7 @@
     python train.py --images photos --data data/photos --vae none --size 32             cache a folder, then train
     torchrun --nproc_per_node=8 train.py --data data/photos --model SiT-B/2
 
-A run is a function of (config, data, seed, step): every random draw has a generator of its own, seeded by (seed, step,
+A run is a function of (config, data, seed, step): each draw of a step has its own generator, seeded by (seed, step,
 purpose), which draws for the whole global batch, and each rank takes its slice. So a run can go on from a checkpoint
 alone, and the number of ranks and of accumulated passes changes nothing but the order of sums.
 """
@@ -51,7 +51,7 @@ def parse(argv):
     count, amount, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     def flag(name, default=None, help="", **options):
-        """A flag whose help ends in its default; one that is an int asks for a count, a float for an amount from 0."""
+        """A flag whose help ends in its default; an int default asks for a count, a float for an amount from 0."""
         if type(default) in (int, float):
             options.setdefault("type", count if type(default) is int else amount)
         p.add_argument(name, default=default, help=help if default is None else f"{help} ({default})", **options)
@@ -70,7 +70,7 @@ def parse(argv):
     flag("--steps", type=count, help="instead of epochs")
     flag("--batch", 256, "of all ranks")
     flag("--micro", type=count, help="samples a forward pass on each rank; default: its share of the batch")
-    flag("--init", metavar="FILE", help="start from the weights of a checkpoint, one's own or published")
+    flag("--init", metavar="FILE", help="start from a checkpoint's weights, own or published")
     flag("--lr", 1e-4)
     flag("--beta2", type=number(float, 0, 0.999999), help="of AdamW (0.999; MeanFlow: 0.95)")
     flag("--ema", 0.9999, "decay, warmed up", type=share)
@@ -99,7 +99,7 @@ def parse(argv):
     flag("--log-every", 100)
     flag("--ckpt-every", 5000)
     flag("--sample-every", 10000)
-    flag("--snapshot-every", type=count, help="also keep the EMA of every so many steps")
+    flag("--snapshot-every", type=count, help="keep the EMA of every so many steps")
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
     args = p.parse_args(argv)
     if not args.data and not args.images:  # the demo: its values replace the defaults, not what the user says
@@ -196,16 +196,17 @@ def cache_images(args, rank, world, device):
         differ = [name for name in meta if before.get(name) != meta[name]]
         if differ:
             raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
+    barrier()
     if (target / "labels.npy").exists():
         return
     vae = None if pixels else VAE(meta["vae"]).to(device)
-    if rank == 0 and not array.exists():  # begun after the VAE has been found
+    if rank == 0 and not array.exists():  # begun once the VAE is found
         with naming(target):
             with atomic(target / "meta.json") as file:
                 file.write(json.dumps(meta, indent=1).encode())
             np.save(marks, np.full(len(files), -2))
             shape, dtype = ((3, size, size), "uint8") if pixels else ((2, 8, size // 8, size // 8), "float16")
-            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))  # zeros
+            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (len(files), *shape))
             os.replace(target / "new.npy", array)
     barrier()
     cached = open_array(marks) > -2
@@ -354,7 +355,7 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def draw_view(self, images, labels, seed, step, n, mine=slice(None), prefix=""):
-        """What the objective's loss takes, as a dict: `mine` of what is drawn for n samples at this step."""
+        """What the objective's loss takes: these images and labels, and `mine` of what is drawn for n samples."""
         generator = lambda purpose: stream(seed, step, prefix + purpose, images.device)
         shape = (n, *self.data.shape)
         randn = lambda purpose: torch.randn(shape, generator=generator(purpose), device=images.device)[mine]
@@ -431,7 +432,7 @@ def picture(losses, ema, path, decode, device):
     save_grid(images, path)
     measures = dict(block_distance=[], block_rank=[], block_norm=[])
     entries = data.spread(64)
-    for block in range(1, len(ema.blocks) + 1) if len(entries) > 1 else []:  # one at a time, to save memory
+    for block in (range(1, len(ema.blocks) + 1) if len(entries) > 1 else []):  # one at a time, to save memory
         z = losses.evaluate(ema, data, entries, [block])[1][0].float().cpu()
         for name, value in zip(measures, (mean_distance(z), effective_rank(z), z.square().mean())):
             measures[name].append(value.item())
@@ -439,12 +440,13 @@ def picture(losses, ema, path, decode, device):
 
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint; the one that `path` held becomes `before`, from which a run goes on if it is killed here."""
+    """Write a checkpoint; the one that `path` held becomes `before`: killed here, a run goes on from that."""
     state = {name: part.state_dict() for name, part in parts.items()} | dict(step=step, config=config)
-    with atomic(path) as file:
+    with atomic(f"{path}.new") as file:
         torch.save(state, file)
-        if before and path.exists():
-            os.replace(path, before)
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(f"{path}.new", path)
 
 
 def resume(out, config, parts):
@@ -518,7 +520,7 @@ def train(args, data, held_out, rank, world, device):
                         f"of --disp-group, {group} (1 without dispersion)")
     mine = slice(rank * share, (rank + 1) * share)
     steps = args.steps or max(1, round((args.epochs or 80) * len(data.rows) / args.batch))
-    flops = flops_per_image(args, data.shape) / world
+    flops = flops_per_image(args, data.shape)
 
     # the model, its EMA and the optimiser
     torch.manual_seed(args.seed)
@@ -548,11 +550,11 @@ def train(args, data, held_out, rank, world, device):
         print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
               f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images {data.shape} "
               f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
-        # what the log holds beyond the checkpoint will be logged again
+        # what follows the checkpoint will be logged again; a torn line is cut
         lines = log.read_text().splitlines(True) if log.exists() else []
         lines = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= first]
         if changes:
-            print("changed:", ", ".join(changes), flush=True)
+            print("changed:", ", ".join(changes))
             lines.append(json.dumps(dict(step=first, changed=changes)) + "\n")
         with atomic(log) as file:
             file.write("".join(lines).encode())
@@ -597,7 +599,7 @@ def train(args, data, held_out, rank, world, device):
         if args.disp_blocks and not args.contrastive:
             line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
         rate = (done - logged) * args.batch / (time.time() - since)
-        line |= {"images/s": rate, "TFLOP/s": rate * flops / 1e12}
+        line |= {"images/s": rate, "TFLOP/s": rate * flops / world / 1e12}
         if device.type == "cuda":
             line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         if rank == 0:
