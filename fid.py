@@ -343,7 +343,7 @@ def measure(side, network, batch_size, rank, world):
     workers = max(1, min(cores, len(batches))) if isinstance(side, Folder) else 1
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=functools.partial(read_batch, side),
                                          num_workers=workers)
-    progress = Progress(f"{side.path} (rank {rank})", sum(last - first for first, last in batches), quiet=rank > 0)
+    progress = Progress(side.path, side.count, quiet=rank > 0)
     for (first, last), images in zip(batches, loader):
         if isinstance(images, UserError):
             raise images
@@ -352,7 +352,7 @@ def measure(side, network, batch_size, rank, world):
         add_moments(spatial_sums, spatial)
         if len(pools):
             pools[first:last] = pool
-        progress.update(last - first)
+        progress.update((last - first) * world)
 
     if world > 1:
         for tensor in (pool_sums, spatial_sums, pools, logits):
@@ -383,8 +383,8 @@ def main(argv=None):
             os.remove(args.save)
     samples, reference = sides = [open_side(path, args.size) for path in (args.samples, args.reference)]
     for side in sides:
-        if side.count < 2 and not side.statistics:
-            raise UserError(f"{side.path}: holds neither two images nor the statistics mu and sigma")
+        if side.count == 1 or not (side.count or side.statistics):
+            raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
     if rank == 0 and samples.count and reference.count and samples.size != reference.size:
         print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}", file=sys.stderr)
     weights, pools, logits = None, {}, {}
@@ -413,6 +413,8 @@ def main(argv=None):
         print(f"{name:<9}", f"n/a: needs {NEEDS[name]}" if value is None else f"{value:10.4f}")
     print(json.dumps({**results, "weights": weights and os.path.basename(weights)}), flush=True)
     if args.save:
+        if os.path.exists(args.save):  # by now another run may have made it
+            raise UserError(f"--save {args.save}: File exists")
         with atomic(args.save) as file:
             np.savez(file, **reference.statistics)
 

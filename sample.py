@@ -33,14 +33,10 @@ from PIL import Image, ImageOps
 from dispersive import MODELS, FlowMatching, GaussianDiffusion, MeanFlow, build_model
 
 OBJECTIVES = {"flow": FlowMatching, "diffusion": GaussianDiffusion, "meanflow": MeanFlow}
-PATIENCE = timedelta(hours=12)  # of ranks for each other, as when one writes a large file
+DEFAULT_OBJECTIVE = {"SiT": "flow", "DiT": "diffusion"}  # by the first letters of a model's name
 
 # ----------------------------------------
 # Sampling
-
-
-def default_objective(model):
-    return "flow" if model.startswith("SiT") else "diffusion"
 
 
 def default_dtype(device):
@@ -51,7 +47,7 @@ def default_dtype(device):
 
 def compile_blocks(net, wanted, device):
     """torch.compile every block by itself, so that one compilation serves all: by default (None) on GPUs."""
-    if device.type == "cuda" if wanted is None else wanted:
+    if wanted or wanted is None and device.type == "cuda":
         torch._dynamo.config.optimize_ddp = False  # it would cut each block where a bucket of gradients ends
         for block in net.blocks:
             block.compile(dynamic=False)
@@ -64,9 +60,9 @@ def load_model(path, name=None):
     """
     checkpoint = load_file(path)
     state, config = weights_in(checkpoint), checkpoint.get("config")
-    if (config is None) != (name is not None):
+    if (config is None) == (name is None):  # one of them, and not both, says which model it is
         raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
-    config = config or dict(model=name, objective=default_objective(name), vae="ema", label_dropout=0.1)
+    config = config or dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
     with naming(path, "DiT or SiT"), torch.device("meta"):
         channels, patch = state["x_embedder.proj.weight"].shape[1:3]
         side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
@@ -82,7 +78,7 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
-    def noise(step=None):
+    def noise(step=None):  # the same for every step, since each generator goes on where it was
         draws = [generator.standard_normal(shape, np.float32) for generator in generators]
         return torch.from_numpy(np.stack(draws)).to(device)
 
@@ -107,7 +103,7 @@ def main(argv=None):
     p = Parser(prog="sample.py", description=__doc__)
     p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
     p.add_argument("--model", choices=MODELS, metavar="NAME", help="what a published file holds, such as SiT-XL/2")
-    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="number of images (64); 50000 for FID")
+    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="images (64); not --n under torchrun")
     p.add_argument("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
     p.add_argument("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
     p.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
@@ -125,9 +121,13 @@ def main(argv=None):
 
     out, npz = Path(args.out), args.out.endswith(".npz")
     grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
-    for path in (out, grid):
-        if path.exists():
-            raise UserError(f"{path}: exists already: remove it, or choose another --out")
+
+    def refuse_existing():
+        for path in (out, grid):
+            if path.exists():
+                raise UserError(f"{path}: exists already: move it away, or choose another --out")
+
+    refuse_existing()
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
     shape, dtype = (net.in_channels, net.input_size, net.input_size), args.dtype or default_dtype(device)
@@ -183,17 +183,15 @@ def main(argv=None):
         pixels = np.fromiter(map(read_image, files), (np.uint8, np.shape(shown[0])), args.n)
         with atomic(part / "archive.npz") as file:
             np.savez(file, arr_0=pixels, arr_1=labels)
-    if out.exists() or grid.exists():
-        raise UserError(f"{out}: it or {grid} exists already: another run finished first; remove it, and start again")
-    with naming(out):
-        if npz:
-            os.rename(part / "archive.npz", out)
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
-                path.unlink()
-            os.rename(part, out)
-    save_grid(shown, grid)
+    refuse_existing()
+    save_grid(shown, grid)  # before --out: killed here, the same command goes on once the grid is moved away
+    if npz:
+        os.rename(part / "archive.npz", out)
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
+            path.unlink()
+        os.rename(part, out)
     locked.close()
     print(f"wrote {out} and {grid}")
 
@@ -239,7 +237,7 @@ class Middle(nn.Module):
 
 
 def stage(cin, cout, depth, change=None):
-    """`depth` resnets at one resolution, then half of it (with zeros on the right and below only) or twice of it."""
+    """`depth` resnets at one resolution, then half that resolution (zeros on the right and below only) or twice it."""
     layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1))))
     if change == "half":
         half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
@@ -358,6 +356,8 @@ def start(device=None):
     device = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if mps else "cpu"))
     gpu = device.type == "cuda"
     if gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: this machine has only {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
@@ -367,7 +367,8 @@ def start(device=None):
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
-                            timeout=PATIENCE, rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+                            timeout=timedelta(hours=12),  # as when others wait for one that writes a large file
+                            rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
 
@@ -396,10 +397,8 @@ class Progress:
 
 @contextlib.contextmanager
 def naming(path, what=None):
-    """Turn an error of the file system into a UserError that names this path.
-
-    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile.
-    """
+    """An error of the file system becomes a UserError that names this path. Where a file of the kind `what` is read,
+    whatever its decoder raises becomes an UnreadableFile."""
     try:
         yield
     except Exception as error:

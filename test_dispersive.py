@@ -231,7 +231,6 @@ COUNTS = {"XL/2": 675129632, "XL/4": 675074432, "XL/8": 675683072, "L/2": 458102
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model("SiT-" + name).parameters()) == COUNTS[name]
-    assert MODELS["SiT-" + name] == MODELS["DiT-" + name]
 
 
 GOLDEN_SIT = {
@@ -537,7 +536,7 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
 # train.py: runs and files that the tests below, and those of sample.py, share
 
 NANO = ["--model", "SiT-nano/8", "--batch", "32", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--dtype",
-        "fp32", "--ckpt-every", "1000", "--sample-every", "1000"]  # starting such a run is nearly all that it does
+        "fp32", "--ckpt-every", "1000", "--sample-every", "1000"]
 for name in ("SiT-nano/8", "SiT-nano/4", "SiT-nano/2", "DiT-nano/8"):
     MODELS[name] = dict(hidden_size=32, depth=8, num_heads=2, patch_size=int(name[-1]))
 CPU, partial = torch.device("cpu"), functools.partial
@@ -1163,7 +1162,7 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_befo
     good = path.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
-    for damaged in (flipped, good[:len(good) // 2], b"", b"no archive", torch_bytes(dict(model=Runs()))):
+    for damaged in (flipped, good[:len(good) // 2], b"", b"no archive"):
         path.write_bytes(damaged)
         line = fails(train.main, capsys, *args, "run")
         assert f"{path}: " in line and "delete it to go on from run/ckpt.prev.pt" in line
@@ -1171,7 +1170,7 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_befo
     assert f"{path}: not a checkpoint of this train.py" in fails(train.main, capsys, *args, "run")
     path.unlink()
     trains(*args, "run")
-    assert same_run("run", "whole") and not Path("owned").exists()
+    assert same_run("run", "whole")
 
 
 def test_a_continued_run_is_the_same_run_but_for_what_may_change(base, photos, little, capsys):
@@ -1413,6 +1412,7 @@ def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch)
             sampling("x" + suffix)
         assert not (tmp_path / f"x{suffix}").exists()
         batches += [list(args[4]) for args in calls]
+    (tmp_path / "x.png").unlink()  # the grid, which is the first to appear
     assert batches == [[0, 1], [2, 3], [2, 3], [4, 5]]
     part, = tmp_path.glob("*.part")
     (part / "000007.png.tmp").write_text("torn")
@@ -1425,14 +1425,13 @@ def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch)
 
 def test_what_exists_is_refused_before_any_work(sampling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "generate", None)
-    for name in ("x.npz", "y.png"):
-        (tmp_path / name).write_text("mine")
     for name, exists in (("x.npz", "x.npz"), ("y.npz", "y.png"), ("y", "y.png")):
+        (tmp_path / exists).write_text("mine")
         assert f"{tmp_path / exists}: exists already" in fails(lambda argv: sampling(name), capsys)
+        assert (tmp_path / exists).read_text() == "mine"
 
 
-def test_runs_that_differ_never_mix(ckpts, sampling, tmp_path, monkeypatch):
-    """The name of the folder stands for all that an image depends on, and for nothing else."""
+def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_path, monkeypatch):
     other = torch.load(ckpts["flow"][0])
     other["ema"]["blocks.7.mlp.fc2.bias"][-1] += 1e-6
     torch.save(other, tmp_path / "other.pt")
@@ -1455,7 +1454,7 @@ def test_a_run_that_finishes_second_does_not_overwrite(name, sampling, tmp_path,
         first.extend([content(tmp_path / name), content(tmp_path / "x.png")])
         return real(*args, **options)
     monkeypatch.setattr(sample, "generate", generate)
-    assert f"{name}: it or " in fails(lambda argv: sampling(name), capsys)
+    assert f"{name}: exists already" in fails(lambda argv: sampling(name), capsys)
     assert first == [content(tmp_path / name), content(tmp_path / "x.png")]
 
 
@@ -1476,22 +1475,21 @@ def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(ckpts, sampling,
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--n", "0"], "argument --n/--num-samples: expected int from 1, got"), (["--model", "SiT-M/2"], "invalid choice"),
+    (["--n", "0"], "argument --n/--num-samples: expected int from 1, got"),
     (["--classes", "2"], "--classes 2: expected numbers from 0 to 1"), (["--model", "SiT-XS/8"], "of no other file"),
     (["--method", "rk4"], "unknown method 'rk4': expected one of heun, euler, sde"),
     (["--cfg-channels", "4"], "cfg_channels 4: expected a number from 1 to 3"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt: No such file"), (["--out", "/proc/x/y.npz"], "/proc/x/y.npz."),
     (["--steps", "1001", "--ckpt", "diffusion"], "ddpm takes 2 to 1000 steps, got 1001"),
     (["--cfg", "2", "--ckpt", "meanflow"], "cfg 2.0: MeanFlow is guided in training")])
-def test_bad_flags_are_found_before_any_work(args, words, ckpts, sampling, tmp_path, capsys, monkeypatch):
+def test_bad_flags_are_found_before_any_work(args, words, ckpts, sampling, capsys, monkeypatch):
     monkeypatch.chdir(ckpts["flow"][0].parent)
     monkeypatch.setattr(sample, "generate", None)
     assert words in fails(lambda argv: sampling("x.npz", *args), capsys)
-    assert not list(tmp_path.iterdir())
 
 
 def test_published_files_load_as_they_come(tmp_path):
-    """A bare state dict, or one under "ema" beside the flags; the format of today and that from before torch 1.6."""
+    """A bare state dict or one under "ema" beside flags, in the format of today and that before torch 1.6."""
     path = tmp_path / "published.pt"
     net = fill(build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=5))
     for today in (True, False):
@@ -1499,8 +1497,8 @@ def test_published_files_load_as_they_come(tmp_path):
             torch.save(state, path, _use_new_zipfile_serialization=today)
             loaded, inputs = sample.load_model(path, "SiT-XS/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
             assert torch.equal(loaded(*inputs), net(*inputs)) and loaded.num_classes == 5
-    for name, words in ((None, "say with --model"),
-                        ("SiT-S/8", r"blocks.0.adaLN_modulation.1.bias is \(1536,\) where \(2304,\) is expected")):
+    assert sample.load_model(path, "DiT-XS/8")[1]["objective"] == "diffusion"
+    for name, words in ((None, "say with --model"), ("SiT-S/8", r"0.adaLN_modulation.1.bias is \(1536,\) where")):
         with pytest.raises(UserError, match=words):
             sample.load_model(path, name)
 
@@ -1517,7 +1515,7 @@ def vae():
 
 
 def moments(mean, std):
-    """The mean and log-variance that `encode` made mean and std of."""
+    """What `encode` made mean and std of."""
     return torch.cat([mean / 0.18215, 2 * torch.log(std / 0.18215)], dim=1)[0]
 
 
@@ -1758,16 +1756,15 @@ def test_resize_is_tensorflow_1(height, width):
 
 def test_random_weights_have_a_fixed_seed_and_published_ones_load_as_they_come(inception, tmp_path):
     images = golden_images()[:1]
-    assert torch.equal(fid.Inception("random").fc.weight, inception_of("random").fc.weight)
+    assert fid.Inception("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
     state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
     assert torch.equal(fid.Inception(tmp_path / "inception.pth")(images)[0], inception(images)[0])
 
 
-@pytest.mark.parametrize("counts", [(500, 500), (500, 11), (11, 17)])
-def test_frechet_distance_is_the_matrix_root_one(counts):
+def test_frechet_distance_of_rank_deficient_covariances_is_the_matrix_root_one():
     rng = np.random.RandomState(0)
-    x, y = (rng.standard_normal((count, 24)) @ rng.standard_normal((24, 24)) for count in counts)
+    x, y = (rng.standard_normal((count, 24)) @ rng.standard_normal((24, 24)) for count in (11, 17))
     (mu1, sigma1), (mu2, sigma2) = ((z.mean(0), np.cov(z, rowvar=False)) for z in (x, y))
     root1 = scipy.linalg.sqrtm(sigma1 + 0j)
     root = scipy.linalg.sqrtm(root1 @ sigma2 @ root1 + 1e-13 * np.eye(24))
@@ -1776,7 +1773,7 @@ def test_frechet_distance_is_the_matrix_root_one(counts):
     assert 0 <= fid.frechet_distance(mu1, sigma1, mu1, sigma1) < 1e-12 * np.trace(sigma1)
 
 
-def test_frechet_distance_in_closed_form():
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
     a, b = np.random.RandomState(0).rand(2, 30) * np.logspace(0, -9, 30)  # eigenvalues over nine decades
     turn = np.linalg.qr(np.random.RandomState(1).standard_normal((30, 30)))[0]
     distance = fid.frechet_distance(np.zeros(30), turn * a @ turn.T, np.ones(30), turn * b @ turn.T)
@@ -1821,28 +1818,27 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
     assert "NOT an FID" in out and "only 5 images" in err and folders.pop("weights") == "random"
     images = [np.load(sides / f"{name}.npz")["arr_0"] for name in "ab"]
     outputs = [inception_of("random")(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in images]
-    for name, k in (("FID", 0), ("sFID", 1)):  # by the library, in one piece
+    for name, k in (("FID", 0), ("sFID", 1)):
         moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in (output[k].double().numpy() for output in outputs)]
         assert folders[name] == pytest.approx(fid.frechet_distance(*moments[0], *moments[1]), rel=1e-5)
     assert folders["IS"] == pytest.approx(fid.inception_score(outputs[0][2])[0], rel=1e-6)
     assert (folders["precision"], folders["recall"]) == fid.precision_recall(outputs[1][0], outputs[0][0])
 
-    # a folder as train.py caches pixels, with one image that is left out; statistics instead of the images
+    # a folder of cached pixels, one of which is left out; statistics instead of the images
     latents = np.insert(images[0], 3, 0, axis=0).transpose(0, 3, 1, 2)
     data = data_folder(tmp_path / "data", latents, np.insert(np.zeros(5, int), 3, -1))
     saved = numbers_of(capsys, data, tmp_path / "stats.npz")
     assert all(saved[name] == pytest.approx(folders[name], rel=1e-5) for name in ("FID", "sFID", "IS"))
     assert saved["precision"] is None
 
-    # as in ADM's archives, statistics win over images, a missing pair is computed, and images serve the rest
+    # as in ADM's archives, statistics win over images, and a missing pair is computed
     with np.load(tmp_path / "stats.npz") as stats:
         np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=stats["sigma"])
     both = numbers_of(capsys, sides / "a.npz", tmp_path / "both.npz")
     assert both["FID"] > 1000 and both["sFID"] == pytest.approx(folders["sFID"], rel=1e-5)
     assert both["precision"] == folders["precision"]
 
-
-def test_size_crops_folders_as_training_does(sides, tmp_path, capsys):
+    # --size crops a folder as training does
     crops = [np.asarray(fid.center_crop(Image.fromarray(image), 16)) for image in smooth_images(5, 5)]
     np.savez(tmp_path / "crops.npz", np.stack(crops))
     assert numbers_of(capsys, sides / "a", tmp_path / "crops.npz", "--size", 16)["FID"] == pytest.approx(0, abs=1e-4)
@@ -1867,6 +1863,8 @@ def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["FID"] == 0 and "new.npz: No space left" in err
     assert os.listdir(tmp_path) == ["mu.npz"] and mu.read_bytes() == before
+    with mock.patch.object(fid, "frechet_distance", lambda *args: (tmp_path / "new.npz").write_text("another run's")):
+        assert "File exists" in fails(run_fid, capsys, mu, mu, "--save", tmp_path / "new.npz")
 
 
 def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
@@ -1884,6 +1882,8 @@ def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
         refuses("arr_0 is .* expected uint8")
     np.savez(bad, mu=np.array([print] * 5), sigma=np.eye(5))  # never unpickled
     refuses("Object arrays cannot be loaded")
+    np.savez(bad, np.zeros((1, 4, 4, 3), np.uint8), mu=0, sigma=0)
+    refuses("found 1 images")
     np.savez(bad, mu=np.zeros(5), sigma=np.eye(4))
     assert "statistics do not fit together: (5,) (4, 4)" in fails(run_fid, capsys, bad, bad)
 

@@ -34,10 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive_floor, dispersive_loss, effective_rank,
                         mean_distance, repa_loss, repa_projector)
-from sample import (OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
-                    center_crop, compile_blocks, default_dtype, default_objective, generate, list_images, load_file,
-                    load_weights, lock, naming, number, open_array, read_image, read_json, run, save_grid, start,
-                    weights_in)
+from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
+                    center_crop, compile_blocks, default_dtype, generate, list_images, load_file, load_weights, lock,
+                    naming, number, open_array, read_image, read_json, run, save_grid, start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
 # flags that may differ when a run goes on (data are compared by content), and those whose change is then logged
@@ -106,7 +105,7 @@ def parse(argv):
         p.set_defaults(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400,
                        batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))), steps=None if args.epochs else 1500)
         args = p.parse_args(argv)
-    args.objective = args.objective or default_objective(args.model)
+    args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
     if args.beta2 is None:
         args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
 
