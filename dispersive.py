@@ -88,7 +88,7 @@ def mean_distance(z, group=None):
     """Mean of |z_i - z_j|^2 / dim over pairs i != j in groups of z (B, ...), a scalar tensor."""
     z = split_groups(z, group)
     norms = torch.linalg.vector_norm(z - z.mean(-2, keepdim=True), dim=-1)
-    return 2 * norms.square().sum() / z[:, 1:].numel()  # twice the unbiased variance, but faster
+    return 2 * norms.square().sum() / z[:, 1:].numel()  # 2 * z.var(-2).mean(), but faster
 
 
 @torch.no_grad()
@@ -408,7 +408,7 @@ class FlowMatching:
 
 
 def chain_constants(abar, device):
-    """Constants of a chain of n noising steps, each (n, 1, 1, 1); abar (n,): the data's share after each step."""
+    """Constants of a chain of n noising steps, each (n, 1, 1, 1); abar (n,): signal variance after each step."""
     abar = abar.view(-1, 1, 1, 1)
     abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     alpha = abar / abar_before
@@ -500,7 +500,7 @@ class GaussianDiffusion:
 
         method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al. 2020, arXiv 2010.02502)
             is Euler's method on the ODE d(x / sqrt(abar)) / d sigma = eps, sigma = sqrt((1-abar) / abar). "heun" is
-            Heun's, but for the last interval, with no step at its end.
+            Heun's, but for the last interval, which stays Euler's.
         The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds t = 1 / (1 + sigma),
         the time at which SiT's path has the same signal-to-noise ratio.
         """
@@ -554,7 +554,7 @@ class MeanFlow:
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), rows=slice(None)):
         """Mean squared error per sample (B,), to be passed through `weight`, and the named activations.
 
-        Arguments as in FlowMatching.loss, and r (B,), t by default. The model itself must not be wrapped in
+        Arguments as in FlowMatching.loss; r (B,) is drawn with t, else t by default. The model must not be wrapped in
         DistributedDataParallel. rows: index of the samples with r != t, which cost a derivative (default: all).
         """
         if t is None:

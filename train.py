@@ -2,7 +2,7 @@
 
     python train.py                                      a demo that draws its own data
     python train.py --images photos --data data/photos --vae none --size 32             cache a folder, then train
-    torchrun --nproc_per_node=8 train.py --data data/photos --model SiT-B/2
+    torchrun --nproc_per_node=8 train.py --data data/photos
 
 A run is a function of (config, data, seed, step): each draw of a step has its own generator, seeded by (seed, step,
 purpose), which draws for the whole global batch, and each rank takes its slice. So a run can go on from a checkpoint
@@ -39,7 +39,7 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
                     naming, number, open_array, read_image, read_json, run, save_grid, start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# flags that may differ when a run goes on (data are compared by content), and those whose change is then logged
+# flags that may change when a run goes on: silently, or logged; data are compared by content
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
         "out", "init", "val", "images", "cache_only", "size"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
@@ -110,7 +110,7 @@ def parse(argv):
         args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
 
     if args.images and not args.data or args.cache_only and not args.images:
-        p.error("--cache-only needs --images FOLDER, and that needs --data DIR, where the cached arrays go")
+        p.error("--images FOLDER needs --data DIR, where the cached arrays go, and --cache-only needs --images")
     if args.label_dropout == 0 and (args.meanflow_omega, args.meanflow_kappa) != (1, 0):
         p.error("--meanflow-omega and --meanflow-kappa need the null label: a --label-dropout above 0")
     if args.contrastive and args.disp == "none":
@@ -149,7 +149,8 @@ def demo_data(n=4000, size=16):
         canvas = Image.new("RGB", (large, large), background)
         draw = ImageDraw.Draw(canvas)
         draw.polygon([*(centre + outline).flat], fill=tuple(int(255 * c) for c in color))
-        draw.polygon([*(centre + hole * outline).flat], fill=background if hole else None)
+        if hole:
+            draw.polygon([*(centre + hole * outline).flat], fill=background)
         image[:] = np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
     return images, labels, list(SHAPES)
 
@@ -342,7 +343,7 @@ class Losses(nn.Module):
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
-        if args.init:  # may lack two embeddings: that of other classes, and for MeanFlow that of the second time
+        if args.init:  # may lack two embeddings: the labels', of other classes, and MeanFlow's second time's
             state, own = weights_in(load_file(args.init)), self.net.state_dict()
             fresh = {name: own[name] for name in own if name.startswith(("r_embedder.", "y_embedder."))
                      and (name not in state or state[name].shape != own[name].shape)}
@@ -354,7 +355,7 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def draw_view(self, images, labels, seed, step, n, mine=slice(None), prefix=""):
-        """What the objective's loss takes: these images and labels, and `mine` of what is drawn for n samples."""
+        """What the objective's loss takes: these images and labels, and `mine` of the draws of a batch of n."""
         generator = lambda purpose: stream(seed, step, prefix + purpose, images.device)
         shape = (n, *self.data.shape)
         randn = lambda purpose: torch.randn(shape, generator=generator(purpose), device=images.device)[mine]
@@ -364,7 +365,7 @@ class Losses(nn.Module):
         return dict(x=x, y=labels, t=t[mine], r=r[mine], noise=randn("noise"))
 
     def forward(self, step, position, images, labels, features=None):
-        """The total to minimise, a scalar, and its terms, {name: scalar}, for a part of the batch of this step.
+        """The total to minimise, a scalar, and what to log, {name: scalar}, for a part of the batch of this step.
 
         position: that of the first sample in the global batch. images, labels, features: as Data.read gives them.
         """
@@ -375,7 +376,7 @@ class Losses(nn.Module):
         draw = functools.partial(self.draw_view, images, y, args.seed, step, args.batch, mine)
         first = draw()
         views = [first]
-        if args.contrastive:  # a second view of the same images; MeanFlow's samples with r != t are in the first one
+        if args.contrastive:  # a second view of the same images, always with r = t
             second = draw("second ") | dict(x=first["x"])
             if args.contrastive == "dependent":
                 last = 999 if args.objective == "diffusion" else 1  # step numbers up to 999, or times up to 1
@@ -502,7 +503,7 @@ def max_over_ranks(value):
 def flops_per_image(args, shape):
     """Floating-point operations of a training step for one image (C, H, W), in all views: forward and backward.
 
-    MeanFlow's derivative and guidance and REPA's projector are not counted.
+    MeanFlow's derivative and guidance, REPA's projector and the loss terms are not counted.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = build_model(args.model, in_channels=shape[0], input_size=shape[-1])
@@ -644,7 +645,7 @@ def main(argv=None):
     data = Data.open(args.data) if args.data else Data(*demo_data())
     side, rest = divmod(data.shape[-1], MODELS[args.model]["patch_size"])
     if rest:
-        raise UserError(f"--model {args.model}: its patches do not divide images of size {data.shape[-1]}")
+        raise UserError(f"--model {args.model}: its patches do not divide data of size {data.shape[-1]}")
     if args.repa:
         data.add_features(args.repa, side ** 2)
     held_out = Data.open(args.val) if args.val else data
@@ -652,7 +653,7 @@ def main(argv=None):
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:
         for part in (data, held_out):
-            part.labels = np.full_like(part.labels, len(data.classes))  # the null label
+            part.labels[:] = len(data.classes)  # the null label, in grids and validation too
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
