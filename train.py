@@ -41,7 +41,7 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
 CHUNK = 256  # images that are cached at a time
 # flags that may change when a run goes on: silently, or logged; data are compared by content
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "snapshot_every", "wandb",
-        "out", "init", "val", "images", "cache_only", "size"}
+        "out", "init", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 
 
@@ -584,7 +584,7 @@ def train(args, data, held_out, rank, world, device):
         with torch.no_grad():
             torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
 
-        # what is due; the checkpoint comes last, so that a run that is killed before it repeats the rest
+        # what is due; the checkpoint comes last: a run that is killed earlier does the rest again
         done, stopped_by = step + 1, max_over_ranks(max(signals, default=0))
         due = lambda every: every and (done % every == 0 or done == steps)
         if not (stopped_by or any(map(due, (args.log_every, args.ckpt_every, args.sample_every, args.snapshot_every)))):
