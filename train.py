@@ -354,12 +354,12 @@ class Losses(nn.Module):
         self.captured = sorted({*args.disp_blocks, *([args.repa_block] if args.repa else [])})
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
-    def draw_view(self, images, labels, seed, step, n, mine=slice(None), prefix=""):
-        """What the objective's loss takes: these images and labels, and `mine` of the draws of a batch of n."""
+    def draw_view(self, images, labels, seed, step, batch, mine=slice(None), prefix=""):
+        """What the objective's loss takes: these images and labels, and `mine` of what a batch draws."""
         generator = lambda purpose: stream(seed, step, prefix + purpose, images.device)
-        shape = (n, *self.data.shape)
+        shape = (batch, *self.data.shape)
         randn = lambda purpose: torch.randn(shape, generator=generator(purpose), device=images.device)[mine]
-        times = self.objective.times(n, generator("time"))
+        times = self.objective.times(batch, generator("time"))
         t, r = times if self.meanflow else (times, times)  # only MeanFlow has an r of its own
         x = self.data.prepare(images, randn("posterior"))
         return dict(x=x, y=labels, t=t[mine], r=r[mine], noise=randn("noise"))
@@ -542,7 +542,7 @@ def train(args, data, held_out, rank, world, device):
     config = {name: value for name, value in vars(args).items() if name not in FREE} | data.contents()
     parts = dict(model=net, ema=ema, projector=losses.projector, opt=optimizer)
     first, changes = resume(out, config, parts)
-    optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))
+    optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
     if max_over_ranks(first) + max_over_ranks(-first) != 0:  # max - min
         raise UserError(f"--out {out}: the ranks find different checkpoints there; it must be a directory they share")
     if rank == 0:
