@@ -1,8 +1,9 @@
-"""Dispersive Loss, the transformers it was published on, and what it is compared with: losses, transformer, objectives.
+"""Dispersive Loss and what it was published on: losses, transformer, objectives and samplers.
 
-Time is SiT's: t = 0 is noise, t = 1 is data, x_t = t*x + (1-t)*noise, velocity v = x - noise. GaussianDiffusion's
-`times` and `loss`, and its network, count DiT's steps instead: 0 is next to data, 999 is noise.
-Images and latents are (B, C, H, W); labels are (B,) int64, and label num_classes is the null label: "no class".
+Time is SiT's: t = 0 is noise, t = 1 is data, x_t = t*x + (1-t)*noise, velocity v = x - noise.
+GaussianDiffusion's `times` and `loss`, and its network, count DiT's steps instead: 0 is next to the
+data, 999 is noise. Images and latents are (B, C, H, W). Labels are (B,) int64; num_classes is the
+null label, "no class".
 """
 import math
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ----------------------------------------
-# Losses. This section can be pasted alone into other code: it needs only `import math` and `import torch`.
+# Losses. This section can be pasted alone into other code: it needs only math and torch.
 
 KINDS = ("infonce", "cosine", "hinge", "covariance")
 
@@ -19,42 +20,70 @@ KINDS = ("infonce", "cosine", "hinge", "covariance")
 def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     """Push the representations of a batch apart (Wang & He 2025, arXiv 2506.09027, table 1).
 
-    z: activations (B, ...) of any floating dtype, flattened to (B, dim); computed in at least float32.
+    z: activations (B, ...) of any floating dtype, flattened to (B, dim).
     kind, with D(a, b) = |a - b|^2 / dim, or -cos(a, b) for "cosine"; the means include i = j:
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
-        "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n over the batch
-    group: compare only so many consecutive samples, and average over groups (default: all; the paper: 16).
-    Returns a scalar to add to the loss, times 0.5 in the paper. ValueError for unknown kinds and unfit group sizes.
+        "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n
+    group: compare only so many consecutive samples, and average over groups. Default: all; paper: 16.
+    Returns a scalar in at least float32 to add to the loss, in the paper times 0.5. Its second
+    derivatives are NaN. ValueError for an unknown kind or a group that does not fit.
+
+    D is divided by dim because a sum over thousands of features makes exp(-D / tau) underflow to zero
+    for all pairs of different samples: the loss is then a constant, without gradient.
     """
     check_known(kind, "kind", KINDS)
-    z = split_groups(z, group)
     if kind == "covariance":
-        z = standardize(z)
-        return mean_off_diagonal(z, z).mean()
-    D = distances(z, kind)
+        z = standardize(split_groups(z, group))  # (groups, n, dim)
+        variances = z.square().mean(-2)  # C_mm, (groups, dim)
+        return mean_off_diagonal(gram(z).square(), variances)
+    return repulsion(pairwise_distances(z, kind, group), kind, tau, margin)
+
+
+def pairwise_distances(z, kind="infonce", group=None):
+    """D, as dispersive_loss defines it, of all pairs in the groups of z: (B, ...) -> (groups, n, n)."""
+    z = split_groups(z, group)  # (groups, n, dim)
+    if kind == "cosine":
+        products = gram(z)
+        lengths = diagonal_of(products).clamp(min=1e-24).sqrt()
+        return -products / (lengths[..., :, None] * lengths[..., None, :])
+    # |a|^2 + |b|^2 - 2ab loses its digits where all samples share a large offset. A common shift
+    # changes no distance: measure from the first sample of the group.
+    products = gram(z - z[:, :1].detach())
+    squares = diagonal_of(products)
+    D = (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
+    itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
+    return D.clamp(min=0).masked_fill(itself, 0)  # no distance is below zero, but rounding may be
+
+
+def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
+    """The dispersive loss of distances D (groups, n, n), for every kind but "covariance"."""
     if kind == "hinge":
         return (margin - D).relu().square().mean()
-    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D.shape[-2] * D.shape[-1])
+    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D[0].numel())
 
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
-    """The contrastive counterparts of dispersive_loss; z_pos holds a second view of every sample of z.
+    """The contrastive counterparts of dispersive_loss; z_pos is a second view of every sample.
 
         "infonce", "cosine"   mean_i [D(z_i, z_pos_i) / tau + log sum_j exp(-D(z_i, z_pos_j) / tau)]
         "hinge"               mean_i [D(z_i, z_pos_i)^2 + mean_j max(0, margin - D(z_i, z_pos_j))^2]
-        "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C the correlations between views:
-                              Barlow Twins (Zbontar et al. 2021), with means where that has sums
+        "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C_mn the
+                              correlation of m in one view and n in the other: Barlow Twins
+                              (Zbontar et al. 2021), with means where that has sums
     """
     check_known(kind, "kind", KINDS)
     if z.shape != z_pos.shape:
-        raise ValueError(f"the two views differ in shape: {tuple(z.shape)} and {tuple(z_pos.shape)}")
-    z, z_pos = split_groups(z, group), split_groups(z_pos, group)
+        raise ValueError(f"the two views differ in shape: {tuple(z.shape)}, {tuple(z_pos.shape)}")
+    z, z_pos = split_groups(z, group), split_groups(z_pos, group)  # (groups, n, dim) each
     if kind == "covariance":
         z, z_pos = standardize(z), standardize(z_pos)
-        diagonal = (z * z_pos).mean(-2)
-        return (1 - diagonal).square().mean() + cov_weight * mean_off_diagonal(z, z_pos).mean()
-    D = distances(torch.cat([z, z_pos], 1), kind)[:, :z.shape[1], z.shape[1]:]
+        correlations = (z * z_pos).mean(-2)  # C_mm, (groups, dim)
+        redundancy = mean_off_diagonal(gram(z) * gram(z_pos), correlations)
+        return (1 - correlations).square().mean() + cov_weight * redundancy
+    n = z.shape[1]
+    both = torch.cat([z, z_pos], 1).flatten(0, 1)
+    D = pairwise_distances(both, kind, group=2 * n)[:, :n, n:]  # from the first view to the second
     positive = diagonal_of(D)
     if kind == "hinge":
         return positive.square().mean() + (margin - D).relu().square().mean()
@@ -62,21 +91,22 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
 
 
 def repa_loss(h, target):
-    """REPA (Yu et al. 2024, arXiv 2410.06940): minus the mean cosine of h and an encoder's features, (B, T, D)."""
+    """REPA (Yu et al. 2024, arXiv 2410.06940): minus the mean cosine of tokens and features, (B, T, D)."""
     if h.shape != target.shape:
-        raise ValueError(f"tokens and features differ in shape: {tuple(h.shape)} and {tuple(target.shape)}")
+        raise ValueError(f"tokens and features differ: {tuple(h.shape)}, {tuple(target.shape)}")
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     return -torch.nn.functional.cosine_similarity(h, target.to(h.dtype), dim=-1).mean()
 
 
 def repa_projector(dim, feature_dim, width=2048):
-    """REPA's trained map from the tokens of a block (..., dim) to the encoder's features (..., feature_dim)."""
-    return torch.nn.Sequential(torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
-                               torch.nn.SiLU(), torch.nn.Linear(width, feature_dim))
+    """REPA's trained map from the tokens of a block (..., dim) to features (..., feature_dim)."""
+    return torch.nn.Sequential(torch.nn.Linear(dim, width), torch.nn.SiLU(),
+                               torch.nn.Linear(width, width), torch.nn.SiLU(),
+                               torch.nn.Linear(width, feature_dim))
 
 
 def dispersive_floor(kind, n, tau=0.5, margin=1.0):
-    """Smallest possible value of dispersive_loss for n samples; "infonce" gets close to it early in training."""
+    """Smallest possible value of dispersive_loss for n samples. InfoNCE gets close to it early."""
     return {"infonce": -math.log(n),
             "cosine": 1 / tau + math.log1p((n - 1) * math.exp(-n / (tau * (n - 1)))) - math.log(n),
             "hinge": margin ** 2 / n,
@@ -85,21 +115,20 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
 
 @torch.no_grad()
 def mean_distance(z, group=None):
-    """Mean of |z_i - z_j|^2 / dim over pairs i != j in groups of z (B, ...), a scalar tensor."""
-    z = split_groups(z, group)
-    norms = torch.linalg.vector_norm(z - z.mean(-2, keepdim=True), dim=-1)
-    return 2 * norms.square().sum() / z[:, 1:].numel()  # 2 * z.var(-2).mean(), but faster
+    """Mean of |z_i - z_j|^2 / dim over pairs i != j in the groups of z (B, ...), a scalar."""
+    D = pairwise_distances(z, group=group)
+    n = D.shape[-1]
+    return D.mean() * n / (n - 1)  # the mean includes the n zeros of i = j
 
 
 @torch.no_grad()
 def effective_rank(z, group=None):
-    """How many directions the samples of z (B, ...) spread over: between 1 and group - 1, a scalar tensor.
-
-    exp of the entropy of the normalised eigenvalues of the centred Gram matrix (Roy & Vetterli 2007).
-    """
+    """How many directions the samples of z (B, ...) spread over, a scalar from 1 to group - 1: exp of
+    the entropy of the centred Gram matrix's normalised eigenvalues (Roy & Vetterli 2007)."""
     z = split_groups(z, group)
     eigenvalues = torch.linalg.eigvalsh(gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
-    total = eigenvalues.sum(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)  # a collapsed group has rank 1
+    tiny = torch.finfo(z.dtype).tiny  # so that a collapsed group has rank 1
+    total = eigenvalues.sum(-1, keepdim=True).clamp(min=tiny)
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
 
@@ -109,77 +138,98 @@ def check_known(name, what, known):
 
 
 def split_groups(z, group):
-    """(B, ...) -> (B/group, group, dim), in at least float32."""
+    """(B, ...) -> (groups, n, dim), in at least float32."""
     n = len(z) if group is None else group
     if n < 2:
         raise ValueError(f"dispersion compares samples: it needs at least 2 in a group, got {n}")
     if len(z) % n:
-        raise ValueError(f"cannot split activations of shape {tuple(z.shape)} into groups of {n} samples")
+        raise ValueError(f"cannot split activations {tuple(z.shape)} into groups of {n} samples")
     return z.reshape(len(z) // n, n, -1).to(torch.promote_types(z.dtype, torch.float32))
 
 
 def gram(z):
-    """z @ z.mT, (G, n, dim) -> (G, n, n), without autocast, which would round to 16 bits."""
-    # a sum over 64 slices of the features, where 64 divides dim: GPUs are slow at few products of long rows
-    z = z.unflatten(-1, (64 if z.shape[-1] % 64 == 0 else 1, -1)).transpose(-3, -2).contiguous()
-    with torch.autocast(z.device.type, enabled=False):
-        return (z @ z.mT).sum(-3)
+    """Inner products of the samples within every group, (groups, n, dim) -> (groups, n, n)."""
+    groups, n, _ = z.shape
+    rows = z.flatten(0, 1)  # one product of all rows: GPUs are slow at many small products
+    with torch.autocast(z.device.type, enabled=False):  # which would round to 16 bits
+        half = rows @ rows.detach().mT  # (groups * n, groups * n)
+    each = torch.arange(groups, device=z.device)
+    half = half.unflatten(1, (groups, n)).unflatten(0, (groups, n))[each, :, each]
+    # With one factor held fixed, `half` has half of the gradient. The matrix is symmetric, so its
+    # transpose has the other half: this saves the backward pass the second of its two products.
+    change = half - half.detach()  # zero, with the gradient of half
+    nan = change.pow(1.5)  # adds zero to the gradient, and turns wrong second derivatives into NaN
+    return half.detach() + change + change.mT + nan
 
 
 def diagonal_of(x):
-    """(G, n, n) -> (G, n). Tensor.diagonal can get wrong gradients from torch 2.13's compiler on CPUs."""
+    """(groups, n, n) -> (groups, n). torch 2.13 on CPUs may compile Tensor.diagonal's gradient wrongly."""
     return (x * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).sum(-1)
 
 
-def distances(z, kind):
-    """D between all rows of z (G, n, dim) -> (G, n, n)."""
-    if kind == "cosine":
-        return -gram(torch.nn.functional.normalize(z, dim=-1))
-    # |a|^2 + |b|^2 - 2ab loses its digits when all rows are far from zero, and a common shift changes no distance
-    products = gram(z - z.mean(-2, keepdim=True).detach())
-    squares = diagonal_of(products)
-    return (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
-
-
 def standardize(z):
-    """Zero mean and unit (population) variance over the group for every feature; a constant feature becomes zero."""
-    z = z - z[..., :1, :].detach()  # a constant feature is now exactly zero; its mean might be off by a rounding
+    """Zero mean and unit population variance over the group; constant features become zero."""
+    z = z - z[..., :1, :].detach()  # a constant feature becomes exactly zero; its mean may not
     z = z - z.mean(-2, keepdim=True)
     return z * (z.square().mean(-2, keepdim=True) + 1e-20).rsqrt()
 
 
-def mean_off_diagonal(a, b):
-    """mean_{m != n} C_mn^2 of the correlations C = a^T b / n of standardised a and b, (G, n, dim) each -> (G,)."""
-    # C is dim x dim, far too large, but its sum of squares needs only n x n matrices. Factors rotate inside a trace:
-    # sum_mn C_mn^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2 = sum_ij (a a^T)_ij (b b^T)_ij / n^2
-    n, dim = a.shape[-2:]
-    everything = (gram(a) ** 2 if a is b else gram(a) * gram(b)).sum((-2, -1)) / n ** 2
-    diagonal = (a * b).mean(-2).square().sum(-1)
-    return (everything - diagonal) / (dim * (dim - 1))
+def mean_off_diagonal(products, diagonal):
+    """mean_{m != n} C_mn^2, a scalar, of correlations C = a^T b / n between standardised a and b.
+
+    products: gram(a) * gram(b), (groups, n, n). diagonal: C_mm, (groups, dim).
+    """
+    # C is dim x dim, far too large. But factors rotate inside a trace, so n x n matrices suffice:
+    # sum_mn C_mn^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2
+    #               = sum_ij (a a^T)_ij (b b^T)_ij / n^2
+    n, dim = products.shape[-1], diagonal.shape[-1]
+    everything = products.sum((-2, -1)) / n ** 2  # (groups,)
+    return ((everything - diagonal.square().sum(-1)) / (dim * (dim - 1))).mean()
 
 
 # ----------------------------------------
-# Transformer. Parameter names and initialisation are those of the published DiT and SiT, so that weights interchange.
+# Transformer. Parameter names and initialisation are those of the published DiT and SiT.
 
 
 class TimestepEmbedder(nn.Module):
-    """Times or step numbers (B,) -> (B, dim): sinusoids of 128 frequencies, cosines first, and a small network."""
+    """Times or step numbers (B,) -> (B, dim): sinusoids of 128 frequencies, then a small network."""
 
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
-        angles = t[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+        exponents = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10000) / 128 * exponents)  # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class PatchEmbedder(nn.Module):
+    """Images (B, C, H, W) -> tokens (B, T, dim), one for each patch, row by row."""
+
+    def __init__(self, patch_size, in_channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, labels, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(labels, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
 
 
 def position_embedding(dim, side):
-    """Fixed 2-D sinusoids for side x side tokens, (1, side*side, dim): first half columns, second half rows."""
+    """Fixed sinusoids for side x side tokens, (1, side*side, dim): columns first, then rows."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], -1).float()
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
+    line = torch.cat([angles.sin(), angles.cos()], -1).float()  # (side, dim/2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], -1)[None]
 
 
@@ -192,7 +242,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads) each
         x = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -207,61 +258,61 @@ class Mlp(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
 
 
-def norm(x):
-    """Layer norm over the channels, without weights."""
-    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
 class Block(nn.Module):
-    """Transformer block with adaptive layer norm: the condition c shifts, scales and gates both residual branches."""
+    """Transformer block with adaptive layer norm: c shifts, scales and gates both branches."""
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)
-        x = x + gate1 * self.attn(norm(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
+        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)  # 6 x (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attn(self.norm(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, -1)
-        return self.linear(norm(x) * (1 + scale) + shift)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
 
 
 class DiT(nn.Module):
     """The transformer of DiT and SiT (Peebles & Xie 2023, arXiv 2212.09748): predicts noise or velocity.
 
-    input_size, in_channels: the image or latent is (in_channels, input_size, input_size); patch_size divides the size.
-    class_dropout_prob: if it is positive, label num_classes exists, the null label. The caller drops labels.
+    A call returns the output and a list of activations: out, _ = model(x, t, y).
+    input_size, in_channels: images are (in_channels, input_size, input_size).
+    class_dropout_prob: if positive, the null label num_classes exists. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
-    second_time: MeanFlow's second time r. Its embedder starts as zero, so that a SiT's weights still give that SiT.
+    second_time: MeanFlow's second time r. Its embedder starts as zero: a SiT's weights still give
+        that SiT.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, second_time=False):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
+                 num_heads=16, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000,
+                 learn_sigma=True, second_time=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.x_embedder = nn.Module()  # a container, for the published name, as y_embedder is
-        self.x_embedder.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
-        self.y_embedder = nn.Module()
-        self.y_embedder.embedding_table = nn.Embedding(num_classes + self.has_null_label, hidden_size)
-        self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
+        self.y_embedder = LabelEmbedder(num_classes + self.has_null_label, hidden_size)
+        positions = position_embedding(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.out_channels)
         self.initialize()
@@ -270,10 +321,11 @@ class DiT(nn.Module):
         """adaLN-Zero: every block starts as the identity, and the output as zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view; treats the convolution as a linear layer
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution counts as linear
                 nn.init.zeros_(module.bias)
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -282,49 +334,63 @@ class DiT(nn.Module):
             nn.init.zeros_(self.r_embedder.mlp[2].weight)
 
     def forward(self, x, t, y, r=None, blocks=()):
-        """x (B, C, H, W), t (B,) and y (B,) -> (B, out_channels, H, W). t: SiT's time, or DiT's step, in 0..999.
+        """x (B, C, H, W), t (B,), y (B,) -> output (B, out_channels, H, W), list of activations.
 
-        r: the second time (B,) of a model that has one; by default it is t.
-        blocks: numbers of blocks, counted from 1. When any are named the result is (output, [activations
-            (B, T, hidden_size) after each of those blocks, in ascending order]).
+        t: SiT's time, or DiT's step in 0..999. r (B,): a model's second time; by default it is t.
+        blocks: numbers, from 1, of the blocks whose activations (B, T, hidden_size) are returned.
         """
-        B, size, p = len(x), self.input_size, self.patch_size
-        if x.shape[1:] != (self.in_channels, size, size):
-            raise ValueError(f"expected images {(self.in_channels, size, size)}, got {tuple(x.shape[1:])}")
-        if r is not None and self.r_embedder is None:
-            raise ValueError("r is given to a model without a second time: build it with second_time=True")
-        if any(not 1 <= number <= len(self.blocks) for number in blocks):
-            raise ValueError(f"blocks {tuple(blocks)}: expected numbers from 1 to {len(self.blocks)}")
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, hidden_size), row by row
-        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
+        self.check_inputs(x, r, blocks)
+        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         if self.r_embedder is not None:
-            c = c + self.r_embedder(torch.zeros_like(t) if r is None else r - t)
+            r = t if r is None else r
+            c = c + self.r_embedder(r - t)
         activations = []
         for number, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
+            x = block(x, c)  # (B, T, D)
             if number in blocks:
                 activations.append(x)
-        x = self.final_layer(x, c)  # (B, T, p*p*channels): the pixels of every patch
-        x = x.view(B, size // p, size // p, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        x = x.reshape(B, self.out_channels, size, size)
-        return (x, activations) if blocks else x
+        x = self.final_layer(x, c)  # (B, T, p*p*out_channels)
+        return self.unpatchify(x), activations
+
+    def unpatchify(self, x):
+        """Tokens that hold their patches' pixels, (B, T, p*p*channels) -> (B, channels, H, W)."""
+        p, side = self.patch_size, self.input_size // self.patch_size
+        x = x.view(len(x), side, side, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(x), self.out_channels, side * p, side * p)
+
+    def check_inputs(self, x, r, blocks):
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"expected images {expected}, got {tuple(x.shape[1:])}")
+        if r is not None and self.r_embedder is None:
+            raise ValueError("the model has no second time for r: build it with second_time=True")
+        for number in blocks:
+            if not 1 <= number <= len(self.blocks):
+                raise ValueError(f"block {number}: expected a number from 1 to {len(self.blocks)}")
 
 
-MODELS = {f"{family}-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
-          for family in ("SiT", "DiT")
-          for size, width, depth, heads in (("XS", 256, 8, 4), ("S", 384, 12, 6), ("B", 768, 12, 12),
-                                            ("L", 1024, 24, 16), ("XL", 1152, 28, 16))
-          for patch in (2, 4, 8)}
+SIZES = {  # XS is ours, for small experiments
+    "XS": dict(hidden_size=256, depth=8, num_heads=4),
+    "S": dict(hidden_size=384, depth=12, num_heads=6),
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16)}
+MODELS = {}
+for size, shape in SIZES.items():
+    for patch_size in (2, 4, 8):
+        MODELS[f"SiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
+        MODELS[f"DiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
 
 
 def build_model(name, **overrides):
-    """A DiT of one of the MODELS (XS is ours, for small experiments), with any of DiT's arguments overridden."""
+    """A DiT of one of the MODELS, with any of DiT's arguments overridden."""
     check_known(name, "model", MODELS)
-    return DiT(**MODELS[name] | overrides)
+    return DiT(**dict(MODELS[name], **overrides))
 
 
 # ----------------------------------------
-# Objectives: what to regress in training, and how to integrate it in sampling
+# Objectives: what to regress in training, and how to integrate it in sampling.
 
 
 def per_sample(error):
@@ -334,19 +400,23 @@ def per_sample(error):
 
 def null_labels(model, y):
     if not model.has_null_label:
-        raise ValueError("guidance needs the null label: build the model with class_dropout_prob > 0")
+        raise ValueError("guidance needs the null label: set the model's class_dropout_prob above 0")
     return torch.full_like(y, model.num_classes)
 
 
-def predict(model, x, t, y, sit_time, cfg, interval, channels):
-    """The model's output at t, a time or step; its first `channels` are guided where sit_time lies in the interval."""
+def guided(model, x, t, y, scale, channels):
+    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond).
+
+    t: one time, or step number, for all of x. Only the first `channels` of the output are guided.
+    """
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    if cfg == 1 or not min(interval) <= sit_time <= max(interval):
-        return model(x, t, y).to(x.dtype)
-    out = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
+    if scale == 1:
+        out, _ = model(x, t, y)
+        return out.to(x.dtype)
+    out, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
     cond, uncond = out.to(x.dtype).chunk(2)
-    guided = uncond + cfg * (cond - uncond)
-    return torch.cat([guided[:, :channels], cond[:, channels:]], 1)
+    mixed = uncond + scale * (cond - uncond)
+    return torch.cat([mixed[:, :channels], cond[:, channels:]], 1)
 
 
 def check_sampling(objective, noise, method, cfg_channels=None):
@@ -356,50 +426,54 @@ def check_sampling(objective, noise, method, cfg_channels=None):
 
 
 class FlowMatching:
-    """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity x - noise, and integrate it from noise to data."""
+    """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity from noise to data."""
 
     methods = ("heun", "euler", "sde")
 
     def times(self, n, generator=None, device=None):
-        """n training times (n,), uniform in [0, 1), on the generator's device or the given one."""
+        """n times (n,), uniform in [0, 1), on the generator's device or the given one."""
         return torch.rand(n, generator=generator, device=device or generator.device)
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
-        """Mean squared error per sample (B,), and a list of the activations after the named blocks.
+        """Mean squared error per sample (B,), and the activations after the named blocks.
 
-        x (B, C, H, W) data, y (B,) labels; t (B,) and noise, like x, are drawn when not given. r is ignored.
+        x (B, C, H, W), y (B,): data and labels. t (B,), noise: drawn when not given. r is ignored.
         """
         t = self.times(len(x), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
         x_t = (noise + t.view(-1, 1, 1, 1) * velocity).to(x.dtype)
-        out, activations = model(x_t, t, y, blocks=blocks) if blocks else (model(x_t, t, y), [])
+        out, activations = model(x_t, t, y, blocks=blocks)
         return per_sample((out[:, :x.shape[1]] - velocity).square()), activations
 
     @torch.no_grad()
-    def sample(self, model, noise, y, steps=250, method="heun", cfg=1.0, cfg_interval=(0, 1), cfg_channels=None,
-               noise_fn=None):
+    def sample(self, model, noise, y, steps=250, method="heun", cfg=1.0, cfg_interval=(0, 1),
+               cfg_channels=None, noise_fn=None):
         """Integrate from noise (B, C, H, W) with labels y (B,) to samples, in `steps` intervals.
 
-        method: "heun" (the paper's), "euler", or "sde": Euler-Maruyama on SiT's reverse SDE with diffusion 1 - t, the
-            last interval 0.04 long and without noise; noise_fn(k) gives step k's noise.
-        cfg: scale of classifier-free guidance (Ho & Salimans 2022), for t in cfg_interval, on the first cfg_channels
-            channels (default: all; the published DiT and SiT code guides 3 of 4).
+        method: "heun" (the paper's), "euler", or "sde": Euler-Maruyama on SiT's reverse SDE with
+            diffusion 1 - t, the last interval 0.04 long and without noise.
+        cfg: scale of guidance for t in cfg_interval, on the first cfg_channels channels (default:
+            all; the published DiT and SiT code guides 3 of 4). noise_fn(k) gives step k's noise.
         """
         check_sampling(self, noise, method, cfg_channels)
-        x, channels = noise, noise.shape[1]
-        guidance = cfg, cfg_interval, cfg_channels or channels
-        velocity = lambda x, t: predict(model, x, t, y, t, *guidance)[:, :channels]
+        channels = noise.shape[1]
+
+        def velocity(x, t):
+            scale = cfg if min(cfg_interval) <= t <= max(cfg_interval) else 1
+            return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
+
         times = [k / steps for k in range(steps + 1)]
         if method == "sde":
             times = [0.96 * k / max(1, steps - 1) for k in range(steps)] + [1.0]
+        x = noise
         for k in range(steps):
             t, dt = times[k], times[k + 1] - times[k]
             v = velocity(x, t)
             if method == "heun":
                 v = (v + velocity(x + dt * v, times[k + 1])) / 2
-            elif method == "sde":
-                v = (1 + t) * v - x  # velocity + diffusion * score, where score = (t*v - x) / (1-t)
+            if method == "sde":
+                v = (1 + t) * v - x  # velocity + diffusion * score, score = (t*v - x) / (1-t)
             x = x + dt * v
             if method == "sde" and k < steps - 1:
                 step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(k)
@@ -408,43 +482,55 @@ class FlowMatching:
 
 
 def chain_constants(abar, device):
-    """Constants of a chain of n noising steps, each (n, 1, 1, 1); abar (n,): signal variance after each step."""
+    """Constants of n noising steps, (n, 1, 1, 1) each; abar (n,): the signal's variance after a step."""
     abar = abar.view(-1, 1, 1, 1)
     abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     alpha = abar / abar_before
     beta = 1 - alpha
     variance = beta * (1 - abar_before) / (1 - abar)  # of q(x_prev | x_t, x): Ho et al. 2020, eq. 7
     variance[0] = variance[1]  # rather than 0, whose log is infinite: as published
-    constants = dict(signal=abar.sqrt(), noise=(1 - abar).sqrt(), x_scale=alpha.rsqrt(),
-                     eps_scale=beta / (1 - abar).sqrt() / alpha.sqrt(), log_variance=variance.log(),
-                     log_beta=beta.log())
+    constants = dict(signal=abar.sqrt(), noise=(1 - abar).sqrt(),
+                     x_scale=alpha.rsqrt(), eps_scale=beta / (1 - abar).sqrt() / alpha.sqrt(),
+                     log_variance=variance.log(), log_beta=beta.log())
     return {name: value.float().to(device) for name, value in constants.items()}
 
 
 def posterior(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
 
-    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v from -1 to 1 spans the bounds of the log-variance.
+    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15, where v is from -1 to 1.
     """
     mean = chain["x_scale"][k] * x_t - chain["eps_scale"][k] * eps
     low, high = chain["log_variance"][k], chain["log_beta"][k]
     return mean, low + (v + 1) / 2 * (high - low)
 
 
+def normal_cdf(x):
+    """The tanh approximation of the standard normal's distribution function."""
+    return 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))
+
+
 def discretized_log_likelihood(x, mean, log_std):
-    """Log-probability under Normal(mean, std^2) of 8-bit grey levels x in [-1, 1]: bins of 2/255, open at the ends."""
-    edges = torch.stack([x - mean - 1 / 255, x - mean + 1 / 255]) * torch.exp(-log_std)
-    below, above = 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (edges + 0.044715 * edges ** 3))  # normal CDF
+    """Log-probability of 8-bit levels x in [-1, 1] under a normal: bins of 2/255, the outer ones open."""
+    below = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
+    above = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
 
 
-class GaussianDiffusion:
-    """DiT: regress the noise of 1000 noising steps, and learn the variance of the reverse steps from their likelihood.
+def euler_in_sigma(x, eps, sigma, next_sigma):
+    """Euler's step of d(x / sqrt(abar)) / d sigma = eps, where sigma = sqrt((1 - abar) / abar)."""
+    scaled = x * math.hypot(1, sigma)  # x / sqrt(abar)
+    return (scaled + (next_sigma - sigma) * eps) / math.hypot(1, next_sigma)
 
-    Nichol & Dhariwal 2021, arXiv 2102.09672. x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise, abar_t the product of
-    alpha = 1 - beta over steps 0..t, beta rising linearly from 1e-4 to 0.02. The first half of the model's 2*C channels
-    predicts the noise, the other one the variance. Matches the published DiT's create_diffusion().
+
+class GaussianDiffusion:
+    """DiT: regress the noise of 1000 noising steps, and learn the variance of the reverse steps.
+
+    Nichol & Dhariwal 2021, arXiv 2102.09672. x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise,
+    abar_t the product of alpha = 1 - beta over steps 0..t, beta rising linearly from 1e-4 to 0.02.
+    The first half of the model's 2*C channels predicts the noise, the other one the variance.
+    Matches the published DiT's create_diffusion().
     """
 
     methods = ("ddpm", "ddim", "heun")
@@ -452,16 +538,16 @@ class GaussianDiffusion:
     def __init__(self):
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
         self.abar = torch.cumprod(1 - beta, 0)
-        self.chains = {}  # the constants by device; to copy them there in every step would wait for it
+        self.chains = {}  # the constants by device; copying them in every step would wait for it
 
     def times(self, n, generator=None, device=None):
         """n training steps (n,), uniform in 0..999."""
         return torch.randint(1000, (n,), generator=generator, device=device or generator.device)
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
-        """Squared error of the noise plus variational bound in bits per dimension, (B,), and the named activations.
+        """Squared error of the noise plus variational bound in bits per dimension, (B,); activations.
 
-        Arguments as in FlowMatching.loss, but t (B,) are step numbers. The bound trains only the variance.
+        As FlowMatching.loss, but t (B,) are step numbers. The bound trains the variance alone.
         """
         if x.device not in self.chains:
             self.chains[x.device] = chain_constants(self.abar, x.device)
@@ -469,22 +555,25 @@ class GaussianDiffusion:
         t = self.times(len(x), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
         x_t = (chain["signal"][t] * x + chain["noise"][t] * noise).to(x.dtype)
-        out, activations = model(x_t, t, y, blocks=blocks) if blocks else (model(x_t, t, y), [])
-        eps, v = out.to(torch.promote_types(x.dtype, torch.float32)).split(x.shape[1], 1)
-        mean, log_variance = posterior(chain, t, x_t, eps.detach(), v)
-        gap = chain["eps_scale"][t] * (eps.detach() - noise)  # between that mean and the mean of q(x_prev | x_t, x)
+        out, activations = model(x_t, t, y, blocks=blocks)
+        out = out.to(torch.promote_types(x.dtype, torch.float32))
+        eps, v = out.split(x.shape[1], 1)
+        squared_error = (eps - noise).square()
+        eps = eps.detach()
+        mean, log_variance = posterior(chain, t, x_t, eps, v)
+        mean_gap = chain["eps_scale"][t] * (eps - noise)  # to the mean of q(x_prev | x_t, x)
         log_ratio = log_variance - chain["log_variance"][t]
-        kl = 0.5 * (log_ratio - 1 + (-log_ratio).exp() + gap.square() * (-log_variance).exp())
+        kl = 0.5 * (log_ratio - 1 + (-log_ratio).exp() + mean_gap.square() * (-log_variance).exp())
         nll = -discretized_log_likelihood(x, mean, 0.5 * log_variance)
         bound = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl)
-        return per_sample((eps - noise).square()) + per_sample(bound) / math.log(2), activations
+        return per_sample(squared_error) + per_sample(bound) / math.log(2), activations
 
     def spaced(self, n, method):
-        """The n step numbers that a sampler visits, ascending, as in DiT's respace.py; ValueError if impossible."""
+        """The n step numbers that a sampler visits, ascending, as DiT's respace.py; else ValueError."""
         if method == "ddpm":
             if not 2 <= n <= 1000:
                 raise ValueError(f"ddpm takes 2 to 1000 steps, got {n}")
-            positions = [0.0]  # evenly to 999, by summation, since products would round to other steps
+            positions = [0.0]  # evenly to 999, by summation: products would round to other steps
             while len(positions) < n:
                 positions.append(positions[-1] + 999 / (n - 1))
             return [round(position) for position in positions]
@@ -494,68 +583,83 @@ class GaussianDiffusion:
         raise ValueError(f"{method} takes every i-th of 1000 steps, and no i gives {n} steps")
 
     @torch.no_grad()
-    def sample(self, model, noise, y, steps=250, method="ddpm", cfg=1.0, cfg_interval=(0, 1), cfg_channels=None,
-               noise_fn=None):
-        """From noise (B, C, H, W) with labels y (B,) to samples, through `steps` of the 1000 steps (see `spaced`).
+    def sample(self, model, noise, y, steps=250, method="ddpm", cfg=1.0, cfg_interval=(0, 1),
+               cfg_channels=None, noise_fn=None):
+        """From noise (B, C, H, W) with labels y (B,) to samples, by `steps` of the 1000 steps.
 
-        method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al. 2020, arXiv 2010.02502)
-            is Euler's method on the ODE d(x / sqrt(abar)) / d sigma = eps, sigma = sqrt((1-abar) / abar). "heun" is
-            Heun's, but for the last interval, which stays Euler's.
-        The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds t = 1 / (1 + sigma),
-        the time at which SiT's path has the same signal-to-noise ratio.
+        method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al.
+            2020, arXiv 2010.02502) is Euler's method on the ODE of `euler_in_sigma`, "heun" is
+            Heun's, but for the last interval.
+        The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds
+        t = 1 / (1 + sigma), the time at which SiT's path has the same signal-to-noise ratio.
         """
         check_sampling(self, noise, method, cfg_channels)
-        x, channels, numbers = noise, noise.shape[1], self.spaced(steps, method)
+        channels = noise.shape[1]
+        numbers = self.spaced(steps, method)
         abar = self.abar[numbers]
-        chain, sigma = chain_constants(abar, x.device), (1 / abar - 1).sqrt().tolist()
-        guidance = cfg, cfg_interval, cfg_channels or channels
-        output = lambda x, k: predict(model, x, numbers[k], y, 1 / (1 + sigma[k]), *guidance).split(channels, 1)
+        chain = chain_constants(abar, noise.device)
+        sigma = (1 / abar - 1).sqrt().tolist()
 
-        def euler(x, k, eps):  # from step k to k - 1, or to the data; hypot(1, sigma) is 1 / sqrt(abar)
-            end = sigma[k - 1] if k > 0 else 0.0
-            return (x * math.hypot(1, sigma[k]) + (end - sigma[k]) * eps) / math.hypot(1, end)
+        def predict(x, k):
+            t = 1 / (1 + sigma[k])
+            scale = cfg if min(cfg_interval) <= t <= max(cfg_interval) else 1
+            out = guided(model, x, numbers[k], y, scale, cfg_channels or channels)
+            return out.split(channels, 1)  # of the noise, and the variance
 
+        x = noise
         for k in reversed(range(steps)):
-            eps, v = output(x, k)
+            next_sigma = sigma[k - 1] if k > 0 else 0.0
+            eps, v = predict(x, k)
             if method == "ddpm":
                 x, log_variance = posterior(chain, k, x, eps, v)
                 if k > 0:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
                 x = x.to(noise.dtype)
-            else:
-                if method == "heun" and k > 0:
-                    eps = (eps + output(euler(x, k, eps), k - 1)[0]) / 2
-                x = euler(x, k, eps)
+            if method == "ddim":
+                x = euler_in_sigma(x, eps, sigma[k], next_sigma)
+            if method == "heun":
+                if k > 0:
+                    next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k], next_sigma), k - 1)
+                    eps = (eps + next_eps) / 2
+                x = euler_in_sigma(x, eps, sigma[k], next_sigma)
         return x
 
 
 class MeanFlow:
-    """Regress the average velocity u(x_t, t, r) from time t to a later r: then x_t + (r - t) * u is x_r, in one step.
+    """Regress the average velocity u(x_t, t, r) from time t to a later r: x_r = x_t + (r - t) * u.
 
     Geng et al. 2025, arXiv 2505.13447, whose time runs the other way, from data at 0 to noise at 1.
     every: one sample in `every` has r != t, the others are flow matching.
-    omega, kappa, interval: guidance in training, of effective scale omega / (1 - kappa). For t in the interval and
-        labels that are not null, omega * v + kappa * u(y) + (1 - omega - kappa) * u(null), at r = t, replaces v.
+    omega, kappa, interval: guidance in training, of scale omega / (1 - kappa). For t in the interval
+        and labels that are not null, omega * v + kappa * u(y) + (1 - omega - kappa) * u(null), at
+        r = t, replaces v.
     """
 
     methods = ("average",)
 
     def __init__(self, every=4, omega=1.0, kappa=0.0, interval=(0, 1)):
-        self.every, self.omega, self.kappa, self.interval = every, omega, kappa, interval
+        self.every = every
+        self.omega, self.kappa, self.interval = omega, kappa, interval
+
+    def moving(self, n, position=0):
+        """Index of those among n samples, the first at `position` in the batch, that have r != t."""
+        return slice(-position % self.every, n, self.every)
 
     def times(self, n, generator=None, device=None):
-        """Times t and r >= t, (n,) each, logit-normal; r != t only in rows 0, every, 2*every, ..."""
+        """Times t and r >= t, (n,) each: logit-normal, and r != t only in the `moving` samples."""
         device = device or generator.device
         a, b = torch.sigmoid(torch.randn(2, n, generator=generator, device=device) - 0.4)
-        t, r = 1 - torch.maximum(a, b), 1 - torch.minimum(a, b)
-        return t, torch.where(torch.arange(n, device=device) % self.every == 0, r, t)
+        t, later = 1 - torch.maximum(a, b), 1 - torch.minimum(a, b)
+        r = t.clone()
+        r[self.moving(n)] = later[self.moving(n)]
+        return t, r
 
-    def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), rows=slice(None)):
-        """Mean squared error per sample (B,), to be passed through `weight`, and the named activations.
+    def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), moving=slice(None)):
+        """Mean squared error per sample (B,), to be passed through `weight`, and the activations.
 
-        Arguments as in FlowMatching.loss; r (B,) is drawn with t, else t by default. The model must not be wrapped in
-        DistributedDataParallel. rows: index of the samples with r != t, which cost a derivative (default: all).
+        As FlowMatching.loss; r (B,) is drawn with t, or t by default. The model must not be wrapped
+        in DistributedDataParallel. moving: index of the samples with r != t (default: all).
         """
         if t is None:
             t, r = self.times(len(x), device=x.device)
@@ -563,48 +667,58 @@ class MeanFlow:
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
         x_t = (noise + t.view(-1, 1, 1, 1) * velocity).to(x.dtype)
-        target = self.target(model, x_t, y, t, r, velocity, rows)
-        out, activations = model(x_t, t, y, r, blocks=blocks) if blocks else (model(x_t, t, y, r), [])
+        target = self.target(model, x_t, y, t, r, velocity, moving)
+        out, activations = model(x_t, t, y, r, blocks=blocks)
         return per_sample((out[:, :x.shape[1]] - target).square()), activations
 
     def weight(self, loss, size):
-        """The loss to minimise: the error summed over a sample's `size` numbers, over itself + 0.01 (no gradient)."""
+        """What to minimise: the error summed over a sample's `size` numbers, over itself + 0.01."""
         total = size * loss
         return total / (total.detach() + 0.01)
 
     @torch.no_grad()
-    def target(self, net, x_t, y, t, r, v, rows):
-        """The MeanFlow identity, eq. 6 of its paper: u = v + (r - t) * du/dt along the path, with r held fixed."""
-        channels = x_t.shape[1]
-        if (self.omega, self.kappa) != (1, 0):
-            null = null_labels(net, y)
-            out = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]), torch.cat([t, t]))
-            cond, uncond = out[:, :channels].chunk(2)
-            guided = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
-            applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
-            v = torch.where(applies.view(-1, 1, 1, 1), guided, v)
-        average_velocity = lambda x, t: net(x, t, y[rows], r[rows])[:, :channels]
+    def target(self, net, x_t, y, t, r, v, moving):
+        """The MeanFlow identity, eq. 6 of its paper, with r held fixed: u = v + (r - t) * du/dt."""
+        v = self.guide(net, x_t, y, t, v)
+
+        def average_velocity(x, t):
+            out, _ = net(x, t, y[moving], r[moving])
+            return out[:, :x.shape[1]]
+
+        point = (x_t[moving], t[moving])
+        direction = (v[moving].to(x_t.dtype), torch.ones_like(t[moving]))  # dx/dt = v, dt/dt = 1
         # forward-mode differentiation works neither in fused attention nor in compiled code
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            _, derivative = torch.func.jvp(average_velocity, (x_t[rows], t[rows]),
-                                           (v[rows].to(x_t.dtype), torch.ones_like(t[rows])))
-        torch.clear_autocast_cache()  # autocast would use the weights that it cast here, without gradients, once more
-        target = v.clone()
-        target[rows] += (r - t)[rows].view(-1, 1, 1, 1) * derivative
-        return target
+            _, derivative = torch.func.jvp(average_velocity, point, direction)
+        torch.clear_autocast_cache()  # of weights that were cast here, without gradients
+        u = v.clone()
+        u[moving] += (r - t)[moving].view(-1, 1, 1, 1) * derivative
+        return u
+
+    def guide(self, net, x_t, y, t, v):
+        """The velocity v, guided as omega, kappa and interval say."""
+        if self.omega == 1 and self.kappa == 0:
+            return v
+        null = null_labels(net, y)
+        out, _ = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))  # r = t
+        cond, uncond = out[:, :x_t.shape[1]].chunk(2)
+        mixed = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
+        applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
+        return torch.where(applies.view(-1, 1, 1, 1), mixed, v)
 
     @torch.no_grad()
     def sample(self, model, noise, y, steps=1, method="average", cfg=1.0, **others):
-        """From noise (B, C, H, W) with labels y (B,) to samples, in `steps` equal intervals of one evaluation each.
+        """From noise (B, C, H, W) with labels y (B,) to samples, in `steps` equal intervals.
 
-        ValueError for cfg other than 1. The others of FlowMatching.sample's arguments have no effect.
+        cfg other than 1 is a ValueError; the others of FlowMatching.sample's arguments have no effect.
         """
         check_sampling(self, noise, method)
         if cfg != 1:
-            raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, by omega and kappa, not here")
+            raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, by omega and kappa")
         x = noise
         for k in range(steps):
             t = torch.full((len(x),), k / steps, dtype=torch.float32, device=x.device)
             r = torch.full_like(t, (k + 1) / steps)
-            x = x + model(x, t, y, r)[:, :x.shape[1]].to(x.dtype) / steps
+            u, _ = model(x, t, y, r)
+            x = x + u[:, :x.shape[1]].to(x.dtype) / steps
         return x

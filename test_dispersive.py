@@ -245,7 +245,7 @@ GOLDEN_SIT = {
 def test_sit_its_loss_and_heun_equal_the_published_code():
     """Golden: SiT-S/2."""
     sit, y, t = fill(build_model("SiT-S/2", num_classes=10)), torch.tensor([0, 7, 10]), ru(2, 3)
-    result = {"out": sit(rn(1, 3, 4, 32, 32), t, y)[:, :4],
+    result = {"out": sit(rn(1, 3, 4, 32, 32), t, y)[0][:, :4],
               "loss": FlowMatching().loss(sit, rn(3, 3, 4, 32, 32), y, t, rn(4, 3, 4, 32, 32))[0],
               "ode_heun2": FlowMatching().sample(sit, rn(5, 2, 4, 32, 32), torch.tensor([1, 2]), steps=5)}
     for name, value in result.items():
@@ -272,8 +272,8 @@ def test_dit_its_loss_and_posterior_equal_the_published_code():
     y, t = torch.tensor([0, 7, 10, 3]), torch.tensor([0, 1, 500, 999])
     x, noise, abar = rn(22, 4, 4, 32, 32), rn(23, 4, 4, 32, 32), diffusion.abar[t].view(4, 1, 1, 1)
     x_t = (abar.sqrt() * x + (1 - abar).sqrt() * noise).float()
-    eps, v = dit(x_t, t, y).chunk(2, 1)
-    result = {"out": dit(rn(21, 3, 4, 32, 32), torch.tensor([0, 500, 999]), y[:3]),
+    eps, v = dit(x_t, t, y)[0].chunk(2, 1)
+    result = {"out": dit(rn(21, 3, 4, 32, 32), torch.tensor([0, 500, 999]), y[:3])[0],
               "mse": (eps - noise).square().mean((1, 2, 3)),
               "mean": posterior(chain_constants(diffusion.abar, "cpu"), t, x_t, eps, v)[0]}
     result["vb"] = diffusion.loss(dit, x, y, t, noise)[0] - result["mse"]
@@ -341,14 +341,14 @@ def test_with_a_sits_weights_a_model_with_a_second_time_computes_what_the_sit_do
     x, t, y = images(1, 2), ru(2, 2), torch.tensor([0, 4])
     missing, unexpected = both.load_state_dict(sit.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("r_embedder.mlp.") for name in missing)
-    assert torch.equal(both(x, t, y, t + 0.5), sit(x, t, y))
-    both(x, t, y, t + 0.5).sum().backward()
+    assert torch.equal(both(x, t, y, t + 0.5)[0], sit(x, t, y)[0])
+    both(x, t, y, t + 0.5)[0].sum().backward()
     assert both.r_embedder.mlp[2].weight.grad.abs().min() > 0  # zero, but not stuck there
     fill(both)
-    assert torch.equal(both(x, t, y), both(x, t, y, t))  # r = t where no r is given
+    assert torch.equal(both(x, t, y)[0], both(x, t, y, t)[0])  # r = t where no r is given
     swapped, r = copy.deepcopy(both), t + 0.5
     swapped.t_embedder, swapped.r_embedder = both.r_embedder, both.t_embedder
-    close(swapped(x, r - t, y, r), both(x, t, y, r), 1e-5)  # it sees r - t, and r - (r - t) is t
+    close(swapped(x, r - t, y, r)[0], both(x, t, y, r)[0], 1e-5)  # it sees r - t, and r - (r - t) is t
 
 
 # ----------------------------------------
@@ -362,20 +362,20 @@ class Gaussian(torch.nn.Module):
     def mean(self, y):
         return torch.tensor([-1.0, 2.0, 0.5], dtype=torch.float64)[y].view(-1, 1, 1, 1)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, blocks=()):
         t, mu = t.double().view(-1, 1, 1, 1), self.mean(y)
         variance = t ** 2 * self.s ** 2 + (1 - t) ** 2
-        return mu + (t * self.s ** 2 - (1 - t)) / variance * (x - t * mu)
+        return mu + (t * self.s ** 2 - (1 - t)) / variance * (x - t * mu), []
 
 
 class GaussianNoise(Gaussian):
     """The exact noise prediction at integer steps for the same data, and v = 0.3 for the variance."""
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, blocks=()):
         abar, mu = self.abar[t.long()].view(-1, 1, 1, 1), self.mean(y)
         eps = (1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)
-        return torch.cat([eps, torch.full_like(x, 0.3)], 1)
+        return torch.cat([eps, torch.full_like(x, 0.3)], 1), []
 
 
 X, Y = rn(1, 3, 1, 2, 2).double(), torch.tensor([0, 1, 2])
@@ -396,7 +396,7 @@ def test_deterministic_samplers_converge_to_the_flow_in_their_order(objective, m
 @pytest.mark.parametrize("method, evaluations", [("ddim", 5), ("heun", 9)])
 def test_noise_that_does_not_change_is_taken_away_entirely(method, evaluations):
     times, abar = [], GaussianNoise.abar[800]  # the first of five steps
-    noisy = lambda x, t, y: times.append(t) or torch.ones_like(x).repeat(1, 2, 1, 1)
+    noisy = lambda x, t, y: (torch.ones_like(x).repeat(1, 2, 1, 1), times.append(t))
     x = GaussianDiffusion().sample(noisy, X, Y, 5, method)
     close(x, (X - (1 - abar).sqrt()) / abar.sqrt(), 1e-10)
     assert len(times) == evaluations
@@ -409,7 +409,7 @@ def test_sde_steps_are_the_published_formula():
     result = FlowMatching().sample(model, X, Y, steps=3, method="sde", noise_fn=noise_fn)
     assert drawn == [0, 1]  # no noise in the last step
     for k, (t, dt) in enumerate([(0.0, 0.48), (0.48, 0.48), (0.96, 0.04)]):
-        v = model(x, torch.full((3,), t), Y)
+        v, _ = model(x, torch.full((3,), t), Y)
         x = x + dt * (v + (1 - t) * (t * v - x) / (1 - t))
         if k < 2:
             x = x + math.sqrt(2 * (1 - t) * dt) * noise_fn(k)
@@ -417,7 +417,7 @@ def test_sde_steps_are_the_published_formula():
 
 
 def guided(model, x, t, y, cfg, channels):
-    cond, uncond = (model(x, torch.full((2,), t), labels) for labels in (y, torch.tensor([4, 4])))
+    cond, uncond = (model(x, torch.full((2,), t), labels)[0] for labels in (y, torch.tensor([4, 4])))
     return torch.cat([(uncond + cfg * (cond - uncond))[:, :channels], cond[:, channels:]], 1)
 
 
@@ -426,14 +426,14 @@ def guided(model, x, t, y, cfg, channels):
 def test_guidance_has_a_scale_an_interval_and_channels_and_leaves_the_variance(channels):
     model, noise, y, step_noise = random_model(), images(1, 2), torch.tensor([0, 1]), {0: images(2, 2)}  # by step
     x = FlowMatching().sample(model, noise, y, 2, "euler", 3.0, (0.2, 0.5), channels)
-    step = noise + 0.5 * model(noise, torch.zeros(2), y)[:, :3]  # t = 0 lies outside the interval
+    step = noise + 0.5 * model(noise, torch.zeros(2), y)[0][:, :3]  # t = 0 lies outside the interval
     close(x, step + 0.5 * guided(model, step, 0.5, y, 3.0, channels or 3)[:, :3], 1e-12)
     diffusion = GaussianDiffusion()
     result = diffusion.sample(model, noise, y, 2, "ddpm", 3.0, (0.5, 0), channels, step_noise.get)  # in either order
     chain = chain_constants(diffusion.abar[[0, 999]], "cpu")
     x, log_variance = posterior(chain, 1, noise, *guided(model, noise, 999, y, 3.0, channels or 3).chunk(2, 1))
     x = x + (log_variance / 2).exp() * step_noise[0]
-    close(result, posterior(chain, 0, x, *model(x, torch.zeros(2), y).chunk(2, 1))[0], 1e-10)
+    close(result, posterior(chain, 0, x, *model(x, torch.zeros(2), y)[0].chunk(2, 1))[0], 1e-10)
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow()])
@@ -468,7 +468,7 @@ def test_data_of_every_type_train_and_sample_with_times_in_float32(objective, dt
 def test_diffusions_noise_learns_from_the_squared_error_alone_and_its_variance_from_the_bound(t):
     """Whose gradient is that of central differences; the golden numbers above are for their values."""
     x, noise, out, h = images(1, 2), images(2, 2), rn(3, 2, 6, 8, 8).double(), 1e-4
-    loss = lambda out: GaussianDiffusion().loss(lambda *args: out, x, None, torch.tensor([t, t]), noise)[0].sum()
+    loss = lambda out: GaussianDiffusion().loss(lambda *args, blocks: (out, []), x, None, torch.tensor([t, t]), noise)[0].sum()
     gradient = value_and_gradient(loss, out)[1]
     close(gradient[:, :3], 2 * (out[:, :3] - noise) / 192, 1e-6)
     step = torch.cat([0 * noise, h * images(4, 2)], 1)
@@ -503,7 +503,7 @@ def test_training_times_have_the_published_distributions():
 def test_mean_flow_samples_are_the_same_for_any_number_of_steps():
     """Of the velocity 2t, whose average from t to r is t + r, and which flows from the noise to itself plus 1."""
     for steps in (1, 2, 5):
-        x = MeanFlow().sample(lambda x, t, y, r: torch.ones_like(x) * (t + r).view(-1, 1, 1, 1), X, Y, steps)
+        x = MeanFlow().sample(lambda x, t, y, r: (torch.ones_like(x) * (t + r).view(-1, 1, 1, 1), []), X, Y, steps)
         close(x, X + 1, 1e-6)
 
 
@@ -518,14 +518,14 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
     x_t = w * x + (1 - w) * noise
     with torch.no_grad():
         if guidance:
-            cond, uncond = model(x_t, t, y, t)[:, :3], model(x_t, t, torch.full((8,), 4), t)[:, :3]
+            cond, uncond = (model(x_t, t, labels, t)[0][:, :3] for labels in (y, torch.full((8,), 4)))
             applies = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1]).bool().view(-1, 1, 1, 1)
             v = torch.where(applies, 1.5 * v + 0.4 * cond - 0.9 * uncond, v)
-        up, down = (model(x_t + s * v, t + s, y, r)[:, :3] for s in (h, -h))
+        up, down = (model(x_t + s * v, t + s, y, r)[0][:, :3] for s in (h, -h))
         target = v + (r - t).view(-1, 1, 1, 1) * (up - down) / (2 * h)
-    slow = ((model(x_t, t, y, r)[:, :3] - target) ** 2).mean((1, 2, 3))
+    slow = ((model(x_t, t, y, r)[0][:, :3] - target) ** 2).mean((1, 2, 3))
     for rows in (slice(None), slice(0, None, 4), torch.tensor([4, 0])):  # elsewhere r = t, and needs no derivative
-        loss, _ = MeanFlow(**guidance).loss(model, x, y, t, noise, r, rows=rows)
+        loss, _ = MeanFlow(**guidance).loss(model, x, y, t, noise, r, moving=rows)
         close(loss, slow, 1e-7)
         close(*(torch.autograd.grad(value.sum(), model.blocks[0].mlp.fc1.weight, retain_graph=True)[0]
                 for value in (loss, slow)), 1e-7)
@@ -1496,7 +1496,7 @@ def test_published_files_load_as_they_come(tmp_path):
         for state in (net.state_dict(), dict(model={}, ema=net.state_dict(), opt={}, args=argparse.Namespace(lr=1))):
             torch.save(state, path, _use_new_zipfile_serialization=today)
             loaded, inputs = sample.load_model(path, "SiT-XS/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
-            assert torch.equal(loaded(*inputs), net(*inputs)) and loaded.num_classes == 5
+            assert torch.equal(loaded(*inputs)[0], net(*inputs)[0]) and loaded.num_classes == 5
     assert sample.load_model(path, "DiT-XS/8")[1]["objective"] == "diffusion"
     for name, words in ((None, "say with --model"), ("SiT-S/8", r"0.adaLN_modulation.1.bias is \(1536,\) where")):
         with pytest.raises(UserError, match=words):

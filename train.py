@@ -385,7 +385,7 @@ class Losses(nn.Module):
             views.append(second | dict(r=second["t"]))
         inputs = {name: torch.cat([view[name] for view in views]) for name in first}
         if self.meanflow:
-            inputs["rows"] = slice(-position % self.objective.every, n, self.objective.every)  # those with r != t
+            inputs["moving"] = self.objective.moving(n, position)  # those with r != t
         with self.autocast:
             error, activations = self.objective.loss(self.net, **inputs, blocks=self.captured)
             z = dict(zip(self.captured, activations))
