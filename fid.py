@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file, load_weights,
-                    naming, number, open_array, read_image, run, start)
+                    number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 PAIRS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names of mean and covariance, of pool and of spatial features
@@ -285,7 +285,7 @@ class Archive:
 
     def __init__(self, path):
         self.path, self.count, self.size, self.file = path, 0, None, None
-        with naming(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
+        with one_line_errors(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
             names = [name for pair in PAIRS if {*pair} <= {*archive.files} for name in pair]
             self.statistics = {name: np.asarray_chkfinite(archive[name], np.float64) for name in names}
             if "arr_0" in archive.files:
@@ -303,7 +303,7 @@ class Archive:
 
     def read(self, first, last):
         shape = (last - first, self.size[1], self.size[0], 3)
-        with naming(self.path, "folder or .npz archive"):
+        with one_line_errors(self.path, "folder or .npz archive"):
             if self.file is None:  # at this rank's first batch
                 self.file = self.open_images()
                 self.file.seek(first * math.prod(shape[1:]), os.SEEK_CUR)
@@ -378,7 +378,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rank, world, device = start(args.device)
     if args.save and rank == 0:
-        with naming(f"--save {args.save}"):  # before the work: is it a new file in a place that can be written?
+        with one_line_errors(f"--save {args.save}"):  # before the work: is it a new file in a place that can be written?
             open(args.save, "xb").close()
             os.remove(args.save)
     samples, reference = sides = [open_side(path, args.size) for path in (args.samples, args.reference)]
