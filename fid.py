@@ -4,12 +4,13 @@
     python fid.py samples.npz my_images --size 256
     torchrun --nproc_per_node=8 fid.py samples reference --save reference.npz
 """
-import functools
 import json
 import math
 import os
 import sys
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy.linalg
@@ -19,26 +20,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file, load_weights,
-                    naming, number, open_array, read_image, run, start)
+                    number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-PAIRS = ("mu", "sigma"), ("mu_s", "sigma_s")  # ADM's names of mean and covariance, of pool and of spatial features
+# ADM's names of mean and covariance: of the pool features, for FID, and of the spatial features, for sFID
+STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}
 MOST_NEIGHBOURS = 100_000  # largest set for precision and recall, whose cost is quadratic
-NEEDS = {"FID": "images or mu and sigma on both sides", "sFID": "images or mu_s and sigma_s on both sides",
-         "IS": "images as samples", "IS spread": "images as samples",
-         **dict.fromkeys(["precision", "recall"], f"4 to {MOST_NEIGHBOURS:,} images on both sides")}
+NEEDS = {  # the metrics, in the order of printing, and what they are computed from
+    "FID": "images or mu and sigma on both sides",
+    "sFID": "images or mu_s and sigma_s on both sides",
+    "IS": "images as samples",
+    "IS spread": "images as samples",
+    "precision": f"4 to {MOST_NEIGHBOURS:,} images on both sides",
+    "recall": f"4 to {MOST_NEIGHBOURS:,} images on both sides"}
 
 # ----------------------------------------
 # The network
 
 
 def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W): output i reads from i * H / size, without half-pixel centres."""
+    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i reads at i * H / size, without half-pixel centres."""
     for dim in (2, 3):
         source = torch.arange(size, device=x.device) * (x.shape[dim] / size)
         low = source.long()
         high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = (source - low).view(-1, *[1] * (3 - dim))
+        weight = source - low  # (size,)
+        if dim == 2:
+            weight = weight[:, None]  # (size, 1): along the height
         x = torch.lerp(x.index_select(dim, low).float(), x.index_select(dim, high).float(), weight)
     return x
 
@@ -57,55 +65,89 @@ class Conv(nn.Module):
 
 
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-# The convolutions of each kind of block: (name, input, out, kernel height, kernel width[, stride]). The input is the
-# block's "x", its "pool", or an earlier convolution; None is the width in which blocks of a kind differ.
+# The branches of each kind of block, and the convolutions of each branch: (channels out, kernel height, kernel width).
+# Blocks of one kind may differ in one width, which is written None here. "_pool" starts from the block's pooled input.
 BLOCKS = {
-    "35 x 35": [
-        ("1x1", "x", 64, 1, 1), ("5x5_1", "x", 48, 1, 1), ("5x5_2", "5x5_1", 64, 5, 5), ("3x3dbl_1", "x", 64, 1, 1),
-        ("3x3dbl_2", "3x3dbl_1", 96, 3, 3), ("3x3dbl_3", "3x3dbl_2", 96, 3, 3), ("_pool", "pool", None, 1, 1)],
-    "35 to 17": [
-        ("3x3", "x", 384, 3, 3, 2), ("3x3dbl_1", "x", 64, 1, 1), ("3x3dbl_2", "3x3dbl_1", 96, 3, 3),
-        ("3x3dbl_3", "3x3dbl_2", 96, 3, 3, 2)],
-    "17 x 17": [
-        ("1x1", "x", 192, 1, 1), ("7x7_1", "x", None, 1, 1), ("7x7_2", "7x7_1", None, 1, 7),
-        ("7x7_3", "7x7_2", 192, 7, 1), ("7x7dbl_1", "x", None, 1, 1), ("7x7dbl_2", "7x7dbl_1", None, 7, 1),
-        ("7x7dbl_3", "7x7dbl_2", None, 1, 7), ("7x7dbl_4", "7x7dbl_3", None, 7, 1),
-        ("7x7dbl_5", "7x7dbl_4", 192, 1, 7), ("_pool", "pool", 192, 1, 1)],
-    "17 to 8": [
-        ("3x3_1", "x", 192, 1, 1), ("3x3_2", "3x3_1", 320, 3, 3, 2), ("7x7x3_1", "x", 192, 1, 1),
-        ("7x7x3_2", "7x7x3_1", 192, 1, 7), ("7x7x3_3", "7x7x3_2", 192, 7, 1), ("7x7x3_4", "7x7x3_3", 192, 3, 3, 2)],
-    "8 x 8": [
-        ("1x1", "x", 320, 1, 1), ("3x3_1", "x", 384, 1, 1), ("3x3_2a", "3x3_1", 384, 1, 3),
-        ("3x3_2b", "3x3_1", 384, 3, 1), ("3x3dbl_1", "x", 448, 1, 1), ("3x3dbl_2", "3x3dbl_1", 384, 3, 3),
-        ("3x3dbl_3a", "3x3dbl_2", 384, 1, 3), ("3x3dbl_3b", "3x3dbl_2", 384, 3, 1), ("_pool", "pool", 192, 1, 1)]}
+    "35 x 35": {
+        "1x1": [(64, 1, 1)],
+        "5x5": [(48, 1, 1), (64, 5, 5)],
+        "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
+        "_pool": [(None, 1, 1)]},
+    "35 to 17": {
+        "3x3": [(384, 3, 3)],
+        "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
+        "_pool": []},
+    "17 x 17": {
+        "1x1": [(192, 1, 1)],
+        "7x7": [(None, 1, 1), (None, 1, 7), (192, 7, 1)],
+        "7x7dbl": [(None, 1, 1), (None, 7, 1), (None, 1, 7), (None, 7, 1), (192, 1, 7)],
+        "_pool": [(192, 1, 1)]},
+    "17 to 8": {
+        "3x3": [(192, 1, 1), (320, 3, 3)],
+        "7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
+        "_pool": []}}
 
 
 class Mixed(nn.Module):
-    """An Inception block. Its output is the concatenation of whatever is no convolution's input, the pool last."""
+    """An Inception block: branches side by side, whose outputs are concatenated. `width` stands for None in BLOCKS.
+    In a block that halves the map, the pool and the last convolution of every branch have stride 2."""
 
-    def __init__(self, kind, channels, pool=MEAN_POOL, width=None):
+    def __init__(self, kind, channels, width=None, halve=False):
         super().__init__()
-        self.pool, self.layers, widths = pool, BLOCKS[kind], {"x": channels, "pool": channels}
-        for name, source, out, *kernel in self.layers:
-            widths[name] = out or width
-            self.add_module(f"branch{name}", Conv(widths[source], widths[name], *kernel))
-        names, sources = zip(*[layer[:2] for layer in self.layers])
-        self.outputs = [name for name in (*names, "pool") if name not in sources]
+        self.pool = HALVE if halve else MEAN_POOL
+        self.branches = {}
+        for branch, layers in BLOCKS[kind].items():
+            self.branches[branch] = []
+            inputs = channels
+            for i, (outputs, kernel_height, kernel_width) in enumerate(layers, start=1):
+                stride = 2 if halve and i == len(layers) else 1
+                conv = Conv(inputs, outputs or width, kernel_height, kernel_width, stride)
+                inputs = outputs or width
+                self.branches[branch].append(conv)
+                self.add_module(f"branch{branch}_{i}" if len(layers) > 1 else f"branch{branch}", conv)
 
     def forward(self, x):
-        maps = {"x": x, "pool": self.pool(x)}
-        for name, source, *_ in self.layers:
-            maps[name] = getattr(self, f"branch{name}")(maps[source])
-        return torch.cat([maps[name] for name in self.outputs], 1)
+        outputs = []
+        for branch, convs in self.branches.items():
+            h = self.pool(x) if branch == "_pool" else x
+            for conv in convs:
+                h = conv(h)
+            outputs.append(h)
+        return torch.cat(outputs, dim=1)
+
+
+class LastMixed(nn.Module):
+    """The block at 8 x 8, where two branches fork at their end."""
+
+    def __init__(self, channels, pool):
+        super().__init__()
+        self.branch1x1 = Conv(channels, 320, 1, 1)
+        self.branch3x3_1 = Conv(channels, 384, 1, 1)
+        self.branch3x3_2a = Conv(384, 384, 1, 3)
+        self.branch3x3_2b = Conv(384, 384, 3, 1)
+        self.branch3x3dbl_1 = Conv(channels, 448, 1, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3, 3)
+        self.branch3x3dbl_3a = Conv(384, 384, 1, 3)
+        self.branch3x3dbl_3b = Conv(384, 384, 3, 1)
+        self.branch_pool = Conv(channels, 192, 1, 1)
+        self.pool = pool
+
+    def forward(self, x):
+        h = self.branch3x3_1(x)
+        g = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        outputs = [self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h), self.branch3x3dbl_3a(g),
+                   self.branch3x3dbl_3b(g), self.branch_pool(self.pool(x))]
+        return torch.cat(outputs, dim=1)
 
 
 class Inception(nn.Module):
     """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port of its weights.
 
-    `weights`: None is an untrained network, "random" one of a fixed seed, else the path of a weights file (UserError if
-    it is unreadable or does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in float32,
-    what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
+    `weights`: None is an untrained network, "random" one of a fixed seed, else the path of a weights file (UserError
+    if it is unreadable or does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in
+    float32, what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
       pool     (B, 2048)  pool_3, for FID, precision and recall
       spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, 17 x 17 x 7 flattened in that order, for sFID
       logits   (B, 1008)  without their bias, for the Inception Score
@@ -121,42 +163,48 @@ class Inception(nn.Module):
         self.Mixed_5b = Mixed("35 x 35", 192, width=32)
         self.Mixed_5c = Mixed("35 x 35", 256, width=64)
         self.Mixed_5d = Mixed("35 x 35", 288, width=64)
-        self.Mixed_6a = Mixed("35 to 17", 288, HALVE)
+        self.Mixed_6a = Mixed("35 to 17", 288, halve=True)
         self.Mixed_6b = Mixed("17 x 17", 768, width=128)
         self.Mixed_6c = Mixed("17 x 17", 768, width=160)
         self.Mixed_6d = Mixed("17 x 17", 768, width=160)
         self.Mixed_6e = Mixed("17 x 17", 768, width=192)
-        self.Mixed_7a = Mixed("17 to 8", 768, HALVE)
-        self.Mixed_7b = Mixed("8 x 8", 1280)
-        self.Mixed_7c = Mixed("8 x 8", 2048, nn.MaxPool2d(3, stride=1, padding=1))  # not the mean: FID's graph is so
+        self.Mixed_7a = Mixed("17 to 8", 768, halve=True)
+        self.Mixed_7b = LastMixed(1280, MEAN_POOL)
+        self.Mixed_7c = LastMixed(2048, MAX_POOL)  # not the mean: FID's graph is so
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
         if weights == "random":
             generator = torch.Generator().manual_seed(0)
-            for weight in [parameter for parameter in self.parameters() if parameter.ndim > 1]:
-                nn.init.kaiming_normal_(weight, generator=generator)
+            for parameter in self.parameters():
+                if parameter.ndim > 1:
+                    nn.init.kaiming_normal_(parameter, generator=generator)
             nn.init.zeros_(self.fc.bias)
         elif weights is not None:
-            # files may lack the batch norms' counters, which play no part here
-            counters = {name: t for name, t in self.state_dict().items() if name.endswith("num_batches_tracked")}
-            load_weights(self, {**counters, **load_file(weights)}, weights)
+            state = load_file(weights)
+            for name, tensor in self.state_dict().items():
+                if name.endswith("num_batches_tracked"):  # files may lack these counters, which play no part here
+                    state.setdefault(name, tensor)
+            load_weights(self, state, weights)
 
     @torch.inference_mode()
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected uint8 images (B, 3, H, W), not {x.dtype} {tuple(x.shape)}")
+        to_mixed_6d = [
+            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, HALVE, self.Conv2d_3b_1x1,
+            self.Conv2d_4a_3x3, HALVE, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b,
+            self.Mixed_6c, self.Mixed_6d]
         with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = (resize_tf1(x) - 128) / 128
             if x.device.type == "cpu":
                 x = x.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on CPUs
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))
-            x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # branch1x1 has the first 192 channels
-            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
-            pool = x.mean((2, 3))
-            return pool, spatial, pool @ self.fc.weight.T
+            for layer in to_mixed_6d:
+                x = layer(x)
+            spatial = x[:, :7]  # (B, 7, 17, 17); branch1x1 has the first 192 channels
+            for layer in (self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
+                x = layer(x)
+            pool = x.mean((2, 3))  # (B, 2048)
+            return pool, spatial.permute(0, 2, 3, 1).flatten(1), pool @ self.fc.weight.T
 
 
 # ----------------------------------------
@@ -185,7 +233,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def add_moments(sums, x):
-    """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]: the count, the sum, the products."""
+    """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]: count, sum and products."""
     x = F.pad(x.to(sums.device).double(), (1, 0), value=1.0)
     sums.addmm_(x.T, x)
 
@@ -193,19 +241,36 @@ def add_moments(sums, x):
 def mean_and_covariance(sums):
     """Sums of `add_moments` -> mean (D,) and unbiased covariance (D, D), float64 NumPy arrays."""
     sums = sums.cpu().numpy()
-    count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
+    count = sums[0, 0]
+    mean = sums[0, 1:] / count
     return mean, (sums[1:, 1:] - count * np.outer(mean, mean)) / (count - 1)
 
 
 def inception_score(logits, split=5000):
     """Inception Score of logits (N, C) -> (mean, spread) of exp(mean KL(p(y|x) | p(y))) over consecutive splits of
     `split` images, a short last one counting equally (ADM's evaluator); the spread is their standard deviation."""
-    entropy, scores = torch.special.entr, []
-    for part in torch.as_tensor(logits).cpu().split(split):
-        p = part.double().softmax(1)
-        divergence = entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()  # mean KL
-        scores.append(divergence.exp().item())
+    entropy = torch.special.entr  # -p log p
+    scores = []
+    for some in torch.as_tensor(logits).cpu().split(split):
+        p = some.double().softmax(1)
+        mean_kl = entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()
+        scores.append(mean_kl.exp().item())
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def squared_distances(x, y, slack=0.0):
+    """|x_i - y_j|^2 (N, M) of points x (N, D) and y (M, D), less `slack` times |x_i|^2 + |y_j|^2."""
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)
+    return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
+
+
+def squared_radii(x, k, rows):
+    """Squared distances (N,) of points x (N, D) to their k-th neighbours, for so many rows of x at a time."""
+    radii = []
+    for some in x.split(rows):
+        nearest = squared_distances(some, x).topk(k + 1, largest=False).values  # the first is the point itself
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
 
 
 def precision_recall(real, fake, k=3):
@@ -216,27 +281,22 @@ def precision_recall(real, fake, k=3):
     Computed in the features' precision but at least float32 (ADM's evaluator: float16), by blocks of at most 2^25
     distances; ties within rounding count as inside. ValueError if the widths differ or a set has no k-th neighbour.
     """
-    real, fake = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in map(torch.as_tensor, (real, fake)))
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
         raise ValueError(f"expected more than {k} rows of equal width, not {tuple(real.shape)}, {tuple(fake.shape)}")
-    real, fake = real - real.mean(0), fake - real.mean(0)  # a common offset would cost the distances digits
+    real = real.to(torch.promote_types(real.dtype, torch.float32))
+    fake = fake.to(torch.promote_types(fake.dtype, torch.float32))
+    centre = real.mean(0)  # a common offset would cost the distances digits
+    real, fake = real - centre, fake - centre
     rows = max(1, 2**25 // max(len(real), len(fake)))
-
-    def squared_distances(x, y, slack=0.0):
-        """From some rows of x at a time to all of y; with slack, ties within rounding are below the radii."""
-        for part in x.split(rows):
-            squares = part.square().sum(1)[:, None] + y.square().sum(1)
-            yield torch.addmm((1 - slack) * squares, part, y.T, alpha=-2)
-
-    def squared_radii(x):  # the nearest of the k + 1 points is the point itself
-        return torch.cat([block.topk(k + 1, largest=False).values[:, -1] for block in squared_distances(x, x)])
-
-    real_radii, fake_radii = squared_radii(real), squared_radii(fake)
-    blocks = squared_distances(fake, real, slack=32 * torch.finfo(real.dtype).eps)
-    precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for block, radii in zip(blocks, fake_radii.split(rows)):
-        precise += (block <= real_radii).any(1).sum().item()
-        recalled |= (block <= radii[:, None]).any(0)
+    real_radii, fake_radii = squared_radii(real, k, rows), squared_radii(fake, k, rows)
+    slack = 32 * torch.finfo(real.dtype).eps  # puts ties within rounding below the radii
+    precise = 0  # fake points inside
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)  # real points inside
+    for first in range(0, len(fake), rows):
+        distances = squared_distances(fake[first:first + rows], real, slack)  # (rows, N)
+        precise += (distances <= real_radii).any(1).sum().item()
+        recalled |= (distances <= fake_radii[first:first + rows, None]).any(0)
     return precise / len(fake), recalled.sum().item() / len(real)
 
 
@@ -249,18 +309,23 @@ class Folder:
     """A folder of image files, cropped to `crop` x `crop` as in training, or else of one size."""
 
     def __init__(self, path, crop):
-        self.path, self.statistics, self.crop, self.size = path, {}, crop, None
+        self.path, self.crop, self.statistics = path, crop, {}
         self.files = list_images(path)
-        self.count, self.size = len(self.files), self.image(self.files[0]).size
+        self.count = len(self.files)
+        self.size = self.image(self.files[0]).size
 
     def image(self, file):
-        image = center_crop(read_image(file), self.crop) if self.crop else read_image(file)
-        if self.size not in (None, image.size):
-            raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} (--size N crops all)")
-        return image
+        image = read_image(file)
+        return center_crop(image, self.crop) if self.crop else image
 
     def read(self, first, last):
-        return np.stack([self.image(file) for file in self.files[first:last]]).transpose(0, 3, 1, 2)
+        images = []
+        for file in self.files[first:last]:
+            image = self.image(file)
+            if image.size != self.size:
+                raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} (--size N crops all)")
+            images.append(np.asarray(image))
+        return np.stack(images).transpose(0, 3, 1, 2)
 
 
 class Pixels:
@@ -268,7 +333,8 @@ class Pixels:
 
     def __init__(self, path):
         self.path, self.statistics = path, {}
-        pixels, labels = open_array(f"{path}/latents.npy"), open_array(f"{path}/labels.npy")
+        self.pixels = pixels = open_array(f"{path}/latents.npy")
+        labels = open_array(f"{path}/labels.npy")
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or labels.shape != pixels.shape[:1]:
             raise UserError(f"{path}: latents.npy holds {pixels.dtype} {pixels.shape}, not pixels, uint8 (N, 3, H, W), "
                             "or labels.npy is of another length")
@@ -276,7 +342,7 @@ class Pixels:
         self.count, self.size = len(self.rows), (pixels.shape[3], pixels.shape[2])
 
     def read(self, first, last):
-        return open_array(f"{self.path}/latents.npy")[self.rows[first:last]]
+        return self.pixels[self.rows[first:last]]
 
 
 class Archive:
@@ -284,29 +350,29 @@ class Archive:
     read in order, since np.load cannot memory-map an archive and would hold all of arr_0."""
 
     def __init__(self, path):
-        self.path, self.count, self.size, self.file = path, 0, None, None
-        with naming(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
-            names = [name for pair in PAIRS if {*pair} <= {*archive.files} for name in pair]
-            self.statistics = {name: np.asarray_chkfinite(archive[name], np.float64) for name in names}
+        self.path, self.count, self.size, self.statistics = path, 0, None, {}
+        with one_line_errors(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
+            for mean, covariance in STATISTICS.values():
+                if mean in archive.files and covariance in archive.files:
+                    self.statistics[mean] = np.asarray_chkfinite(archive[mean], np.float64)
+                    self.statistics[covariance] = np.asarray_chkfinite(archive[covariance], np.float64)
             if "arr_0" in archive.files:
-                self.open_images().close()
+                self.open_images()
 
     def open_images(self):
-        """Open arr_0 at its first image, and note how many images of which size there are."""
-        file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        """Open arr_0 and note where its pixels begin, and how many images of which size there are."""
+        self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
+        np.lib.format.read_magic(self.file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
+        self.begin = self.file.tell()
         self.count, self.size = shape[0], (shape[2], shape[1])
-        return file
 
     def read(self, first, last):
         shape = (last - first, self.size[1], self.size[0], 3)
-        with naming(self.path, "folder or .npz archive"):
-            if self.file is None:  # at this rank's first batch
-                self.file = self.open_images()
-                self.file.seek(first * math.prod(shape[1:]), os.SEEK_CUR)
+        with one_line_errors(self.path, "folder or .npz archive"):
+            self.file.seek(self.begin + first * math.prod(shape[1:]))
             content = bytearray(self.file.read(math.prod(shape)))
             return np.frombuffer(content, np.uint8).reshape(shape).transpose(0, 3, 1, 2)
 
@@ -317,55 +383,59 @@ def open_side(path, crop):
     return Folder(path, crop) if os.path.isdir(path) else Archive(path)
 
 
-def read_batch(side, batch):
-    """Runs in the DataLoader's workers. A UserError is returned: raised, the loader would wrap it in a traceback."""
-    try:
-        return torch.from_numpy(side.read(*batch))
-    except UserError as error:
-        return error
+def read_ahead(side, batches):
+    """Yield side.read(first, last) of every batch in order, while threads read the next ones."""
+    threads = 1  # an archive has to be read in order
+    if isinstance(side, Folder):  # Pillow decodes image files on every core of this job
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(threads) as pool:
+        coming = deque()
+        for first, last in batches:
+            coming.append(pool.submit(side.read, first, last))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 @torch.inference_mode()
-def measure(side, network, batch_size, rank, world):
-    """Run a side's images through the network, split over the ranks -> statistics (as the sides' own), pool features
-    (N, 2048; none for more than MOST_NEIGHBOURS images) and logits (N, 1008)."""
+def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
+    """Run a side's images through the network, split over the ranks -> statistics (under ADM's names), pool features
+    (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
     device = network.fc.weight.device
-    exact = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}  # MPS has no float64
-    pool_sums, spatial_sums = torch.zeros(2049, 2049, **exact), torch.zeros(2024, 2024, **exact)
-    pools = torch.zeros(side.count if side.count <= MOST_NEIGHBOURS else 0, 2048, device=device)
-    logits = torch.zeros(side.count, 1008, device=device)
+    exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
+    pool_sums = torch.zeros(2049, 2049, **exact)
+    spatial_sums = torch.zeros(2024, 2024, **exact)
+    pools = torch.zeros(side.count if keep_pool else 0, 2048, device=device)
+    logits = torch.zeros(side.count if keep_logits else 0, 1008, device=device)
     # a rank takes whole batches, so that they are the same for any number of ranks
     batches = [(first, min(first + batch_size, side.count)) for first in range(0, side.count, batch_size)]
     batches = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
-    # image files are decoded on every core; an archive has to be read in order
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this job
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(cores, len(batches))) if isinstance(side, Folder) else 1
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=functools.partial(read_batch, side),
-                                         num_workers=workers)
     progress = Progress(side.path, side.count, quiet=rank > 0)
-    for (first, last), images in zip(batches, loader):
-        if isinstance(images, UserError):
-            raise images
-        pool, spatial, logits[first:last] = network(images.to(device))
+    for (first, last), images in zip(batches, read_ahead(side, batches)):
+        pool, spatial, logit = network(torch.from_numpy(images).to(device))
         add_moments(pool_sums, pool)
         add_moments(spatial_sums, spatial)
-        if len(pools):
+        if keep_pool:
             pools[first:last] = pool
+        if keep_logits:
+            logits[first:last] = logit
         progress.update((last - first) * world)
 
     if world > 1:
         for tensor in (pool_sums, spatial_sums, pools, logits):
             dist.all_reduce(tensor)
-    values = *mean_and_covariance(pool_sums), *mean_and_covariance(spatial_sums)
-    return dict(zip(["mu", "sigma", "mu_s", "sigma_s"], values)), pools, logits
+    mu, sigma = mean_and_covariance(pool_sums)
+    mu_s, sigma_s = mean_and_covariance(spatial_sums)
+    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s), pools, logits
 
 
 # ----------------------------------------
 # The command line
 
 
-def main(argv=None):
+def parse_flags(argv):
     parser = Parser(prog="fid.py", description=__doc__)
     parser.add_argument("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, "
                         "NHWC), statistics mu, sigma, mu_s, sigma_s, or both")
@@ -375,43 +445,67 @@ def main(argv=None):
     parser.add_argument("--save", metavar="FILE", help="keep the reference's statistics in this new .npz for next time")
     parser.add_argument("--batch", type=number(int, 1), default=64, help="images a forward pass and rank (64)")
     parser.add_argument("--device", choices=["cpu"], help="compute there even if there is a GPU")
-    args = parser.parse_args(argv)
-    rank, world, device = start(args.device)
-    if args.save and rank == 0:
-        with naming(f"--save {args.save}"):  # before the work: is it a new file in a place that can be written?
-            open(args.save, "xb").close()
-            os.remove(args.save)
-    samples, reference = sides = [open_side(path, args.size) for path in (args.samples, args.reference)]
-    for side in sides:
+    return parser.parse_args(argv)
+
+
+def refuse_existing(save):
+    if os.path.exists(save):
+        raise UserError(f"--save {save}: File exists")
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def check_sides(samples, reference, rank):
+    for side in (samples, reference):
         if side.count == 1 or not (side.count or side.statistics):
             raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
+        if rank == 0 and 0 < side.count < 50_000 and len(side.statistics) < 4:
+            warn(f"{side.path}: with only {side.count:,} images, FID and sFID are too high")
     if rank == 0 and samples.count and reference.count and samples.size != reference.size:
-        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}", file=sys.stderr)
+        warn(f"images of {samples.size} pixels are compared with images of {reference.size}")
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    rank, world, device = start(args.device)
+    if args.save and rank == 0:
+        with one_line_errors(f"--save {args.save}"):  # before the work: can a new file be made there?
+            open(args.save, "xb").close()
+            os.remove(args.save)
+    samples, reference = open_side(args.samples, args.size), open_side(args.reference, args.size)
+    check_sides(samples, reference, rank)
+    with_neighbours = min(samples.count, reference.count) > 3 and \
+        max(samples.count, reference.count) <= MOST_NEIGHBOURS
     weights, pools, logits = None, {}, {}
-    for side in [side for side in sides if side.count]:
-        if rank == 0 and side.count < 50_000 and len(side.statistics) < 4:
-            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high", file=sys.stderr)
+    for side in (samples, reference):
+        if not side.count:
+            continue
         if weights is None:
             weights = args.weights or fetch(URL, "--weights", "6726825d")
             network = Inception(weights).to(device)
-        measured, pools[side], logits[side] = measure(side, network, args.batch, rank, world)
-        side.statistics = measured | side.statistics
-    if rank:
+        statistics, pools[side], logits[side] = measure(
+            side, network, args.batch, rank, world, keep_pool=with_neighbours, keep_logits=side is samples)
+        side.statistics = statistics | side.statistics  # those of a file win
+    if rank > 0:
         return
 
     results = dict.fromkeys(NEEDS)
-    for name, pair in zip(["FID", "sFID"], PAIRS):
-        if all(pair[0] in side.statistics for side in sides):
-            results[name] = frechet_distance(*(side.statistics[key] for side in sides for key in pair))
+    for name, (mu, sigma) in STATISTICS.items():
+        if mu in samples.statistics and mu in reference.statistics:
+            results[name] = frechet_distance(samples.statistics[mu], samples.statistics[sigma],
+                                             reference.statistics[mu], reference.statistics[sigma])
     if samples.count:
         results["IS"], results["IS spread"] = inception_score(logits[samples])
-    if all(3 < side.count <= MOST_NEIGHBOURS for side in sides):
+    if with_neighbours:
         results["precision"], results["recall"] = precision_recall(pools[reference], pools[samples])
     if weights == "random":
         print("NOT an FID: the weights are random, so such numbers compare only with each other")
     for name, value in results.items():
         print(f"{name:<9}", f"n/a: needs {NEEDS[name]}" if value is None else f"{value:10.4f}")
-    print(json.dumps({**results, "weights": weights and os.path.basename(weights)}), flush=True)
+    results["weights"] = weights and os.path.basename(weights)
+    print(json.dumps(results), flush=True)
     if args.save:
         if os.path.exists(args.save):  # by now another run may have made it
             raise UserError(f"--save {args.save}: File exists")

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
     python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --num-samples 8
 
-Sample i depends on --seed and i alone, whatever the batch size and the number of ranks. An interrupted run continues.
+Sample i depends on --seed and i alone, not on --batch or the number of ranks. An interrupted run continues.
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
 """
 import argparse
@@ -41,14 +41,17 @@ DEFAULT_OBJECTIVE = {"SiT": "flow", "DiT": "diffusion"}  # by the first letters 
 
 def default_dtype(device):
     """bf16 where the hardware multiplies it, else fp32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 def compile_blocks(net, wanted, device):
-    """torch.compile every block by itself, so that one compilation serves all: by default (None) on GPUs."""
-    if wanted or wanted is None and device.type == "cuda":
-        torch._dynamo.config.optimize_ddp = False  # it would cut each block where a bucket of gradients ends
+    """torch.compile each block by itself, so that one compilation serves all. wanted: None means on GPUs."""
+    if wanted or (wanted is None and device.type == "cuda"):
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block where a bucket of gradients ends
         for block in net.blocks:
             block.compile(dynamic=False)
 
@@ -56,19 +59,24 @@ def compile_blocks(net, wanted, device):
 def load_model(path, name=None):
     """Checkpoint file -> (network with the EMA weights on the CPU, config that it was trained with).
 
-    A file of train.py holds the config; for a published DiT or SiT file, `name` says which of the MODELS it is.
+    A file of train.py holds the config; for a published file, `name` says which of the MODELS it is.
     """
     checkpoint = load_file(path)
-    state, config = weights_in(checkpoint), checkpoint.get("config")
-    if (config is None) == (name is None):  # one of them, and not both, says which model it is
+    config = checkpoint.get("config")
+    if (config is None) == (name is None):  # exactly one of them has to say which model it is
         raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
-    config = config or dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
-    with naming(path, "DiT or SiT"), torch.device("meta"):
-        channels, patch = state["x_embedder.proj.weight"].shape[1:3]
-        side, labels = math.isqrt(state["pos_embed"].shape[1]), len(state["y_embedder.embedding_table.weight"])
-        net = build_model(config["model"], input_size=patch * side, in_channels=channels,
-                          num_classes=labels - (config["label_dropout"] > 0),  # the last label is the null label
-                          class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
+    if config is None:
+        config = dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
+    state = weights_in(checkpoint)
+    with one_line_errors(path, "DiT or SiT"), torch.device("meta"):
+        channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
+        patches_per_side = math.isqrt(state["pos_embed"].shape[1])
+        num_classes = len(state["y_embedder.embedding_table.weight"])
+        if config["label_dropout"] > 0:
+            num_classes -= 1  # the last label is the null label
+        net = build_model(
+            config["model"], input_size=patch_size * patches_per_side, in_channels=channels, num_classes=num_classes,
+            class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 
@@ -78,13 +86,14 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
-    def noise(step=None):  # the same for every step, since each generator goes on where it was
+    def noise(step=None):  # the step plays no part: every generator goes on from where it was
         draws = [generator.standard_normal(shape, np.float32) for generator in generators]
-        return torch.from_numpy(np.stack(draws)).to(device)
+        return torch.from_numpy(np.stack(draws)).to(device)  # (B, *shape)
 
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
-        x = x if decode is None else decode(x)
+        if decode is not None:
+            x = decode(x)  # latents -> images in [-1, 1]
     pixels = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)  # DiT's rule, which truncates
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -92,130 +101,167 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
 def save_grid(images, path, columns=8):
     """Write Pillow images of one size as one PNG, row by row; small ones are enlarged."""
     width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * width, rows * height))
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     with atomic(path) as file:
         ImageOps.scale(grid, max(1, 64 // height), Image.NEAREST).save(file, "PNG")
 
 
-def main(argv=None):
+def parse_flags(argv):
     p = Parser(prog="sample.py", description=__doc__)
     p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
-    p.add_argument("--model", choices=MODELS, metavar="NAME", help="what a published file holds, such as SiT-XL/2")
-    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="images (64); not --n under torchrun")
+    p.add_argument("--model", choices=MODELS, metavar="NAME", help="of a published file, such as SiT-XL/2")
+    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="(64); not --n under torchrun")
     p.add_argument("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
     p.add_argument("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
     p.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
-    p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-                   help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
-    p.add_argument("--cfg-channels", type=number(int, 1), help="guide only the first channels; 3 in the published code")
-    p.add_argument("--classes", help="numbers of the classes to go through, such as 207,360; default: all")
+    p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
+                   metavar=("FROM", "TO"), help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
+    p.add_argument("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
+    p.add_argument("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
+    p.add_argument("--labels", choices=["balanced", "random"], default="balanced",
+                   help="each class in its turn, or drawn at random as in DiT's, SiT's and ADM's scripts (balanced)")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*) or a file; default: as in training")
-    p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder for PNGs")
-    args = p.parse_args(argv)
+    p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), file or folder; default: as in training")
+    p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder of PNGs")
+    return p.parse_args(argv)
 
-    out, npz = Path(args.out), args.out.endswith(".npz")
-    grid = out.with_suffix(".png") if npz else Path(f"{out}.png")
 
-    def refuse_existing():
-        for path in (out, grid):
-            if path.exists():
-                raise UserError(f"{path}: exists already: move it away, or choose another --out")
-
-    refuse_existing()
-    rank, world, device = start()
-    net, config = load_model(args.ckpt, args.model)
-    shape, dtype = (net.in_channels, net.input_size, net.input_size), args.dtype or default_dtype(device)
-    objective = OBJECTIVES[config["objective"]]()
-    names = "steps", "method", "cfg", "cfg_interval", "cfg_channels"
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:  # a dry run without images, in which the sampler refuses what it cannot do, before any work
-        objective.sample(net, torch.empty(0, *shape), torch.empty(0, dtype=torch.long), **options)
+def sampler_options(args, net, objective):
+    """The flags that go to objective.sample; UserError for what it cannot do."""
+    options = {}
+    for name in ("steps", "method", "cfg", "cfg_interval", "cfg_channels"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    no_noise = torch.empty(0, net.in_channels, net.input_size, net.input_size)
+    try:  # a dry run without images
+        objective.sample(net, no_noise, torch.empty(0, dtype=torch.long), **options)
     except ValueError as error:
         raise UserError(str(error)) from None
+    return options
+
+
+def choose_labels(args, net, config):
+    """Labels (n,) of the samples; label i depends on --seed and i alone."""
     known = [str(label) for label in range(net.num_classes)]
     chosen = args.classes.split(",") if args.classes else known
-    if not {*chosen} <= {*known}:
+    if not set(chosen) <= set(known):
         raise UserError(f"--classes {args.classes}: expected numbers from 0 to {len(known) - 1}")
-    # a model that was trained without labels has learned the null label alone
-    classes = [net.num_classes] if config["label_dropout"] == 1 else [int(label) for label in chosen]
-    labels = np.resize(classes, args.n)
-    vae = VAE(args.vae or config["vae"]) if shape[0] == 4 else None
+    classes = [int(label) for label in chosen]
+    if config["label_dropout"] == 1:  # trained without labels, the model has learned the null label alone
+        classes = [net.num_classes]
+    if args.labels == "balanced":
+        return np.resize(classes, args.n)
+    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]  # 1: not those of the noise
+    return np.array([generator.choice(classes) for generator in generators])
 
-    # Every image is a file in a folder whose name stands for all that an image depends on: so an interrupted run
-    # continues, and images that were made differently never mix.
-    made_of = dict(options, seed=args.seed, classes=classes, dtype=dtype, objective=config["objective"], shape=shape)
-    digest = hashlib.sha256(json.dumps(made_of).encode())
-    for tensor in nn.ModuleList([net, vae] if vae else [net]).state_dict().values():
-        digest.update(tensor.contiguous().numpy())
-    part = Path(f"{out}.{digest.hexdigest()[:8]}.part")
-    files = [part / f"{i:06d}.png" for i in range(args.n)]
+
+def refuse_existing(*paths):
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists already: move it away, or choose another --out")
+
+
+def write_result(files, labels, folder, out, grid):
+    """Make of the image files in this folder the archive or the folder `out`, and a grid of the first 64."""
+    shown = [read_image(file) for file in files[:64]]
+    if out.suffix == ".npz":  # as ADM's; in memory, 50,000 images of 256 pixels are 10 GB
+        pixels = np.empty((len(files), *np.shape(shown[0])), np.uint8)  # (N, H, W, 3)
+        for i, file in enumerate(files):
+            pixels[i] = read_image(file)
+        with atomic(folder / "archive.npz") as file:
+            np.savez(file, arr_0=pixels, arr_1=labels)
+    refuse_existing(out, grid)
+    save_grid(shown, grid)  # before `out`: killed here, the same command goes on once the grid is moved away
+    if out.suffix == ".npz":
+        os.rename(folder / "archive.npz", out)
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        for path in set(folder.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
+            path.unlink()
+        os.rename(folder, out)
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    out = Path(args.out)
+    grid = out.with_suffix(".png") if out.suffix == ".npz" else Path(f"{out}.png")
+    refuse_existing(out, grid)
+    rank, world, device = start()
+    net, config = load_model(args.ckpt, args.model)
+    objective = OBJECTIVES[config["objective"]]()
+    options = sampler_options(args, net, objective)
+    labels = choose_labels(args, net, config)
+    dtype = args.dtype or default_dtype(device)
+    shape = (net.in_channels, net.input_size, net.input_size)
+    modules = [net]
+    decode = None
+    if net.in_channels == 4:
+        vae = VAE(args.vae or config["vae"])
+        modules.append(vae)
+        decode = vae.decode
+
+    # Every image is a file in a folder whose name stands for all that an image depends on: so an interrupted
+    # run continues, and images that were made differently never mix.
+    made_of = dict(options, seed=args.seed, classes=args.classes, labels=args.labels, dtype=dtype,
+                   objective=config["objective"], shape=shape, weights=fingerprint(*modules))
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    folder = Path(f"{out}.{digest[:8]}.part")
+    files = [folder / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        locked = lock(part)
+        locked = lock(folder)
     barrier()
 
-    net = net.to(device)
-    decode = vae.to(device).decode if vae else None
+    for module in modules:
+        module.to(device)
     if dtype == "bf16":
         net.blocks.bfloat16()  # once, instead of by autocast in every call
     compile_blocks(net, args.compile, device)
-    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
+    share = range(rank, args.n, world)
+    todo = [i for i in share if not files[i].exists()]
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
-        images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device, dtype,
-                          decode, **options)
+        images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device,
+                          dtype, decode, **options)
         for i, image in zip(indices, images):
             with atomic(files[i]) as file:
                 image.save(file, "PNG", compress_level=1)
         progress.update(len(indices) * world)
     barrier()
-    if rank > 0:
-        return
-
-    shown = [read_image(file) for file in files[:64]]
-    if npz:  # as ADM's: arr_0 (N, H, W, 3) uint8; in memory, 50,000 images of 256 pixels are 10 GB
-        pixels = np.fromiter(map(read_image, files), (np.uint8, np.shape(shown[0])), args.n)
-        with atomic(part / "archive.npz") as file:
-            np.savez(file, arr_0=pixels, arr_1=labels)
-    refuse_existing()
-    save_grid(shown, grid)  # before --out: killed here, the same command goes on once the grid is moved away
-    if npz:
-        os.rename(part / "archive.npz", out)
-        shutil.rmtree(part, ignore_errors=True)
-    else:
-        for path in set(part.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
-            path.unlink()
-        os.rename(part, out)
-    locked.close()
-    print(f"wrote {out} and {grid}")
+    if rank == 0:
+        write_result(files, labels, folder, out, grid)
+        locked.close()
+        print(f"wrote {out} and {grid}")
 
 
 # ----------------------------------------
-# The VAE of Stable Diffusion. Its tensors are named as in diffusers' AutoencoderKL, so that the published files fit.
+# The VAE of Stable Diffusion, its tensors named as in diffusers' AutoencoderKL, so that the published files fit
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
-SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels or 4 of 512, about 4 GB in float32
+SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels, about 4 GB in float32
 VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
               "ema": None}  # not known here: the names and shapes of its tensors are the check
-norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
-conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class Resnet(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.norm2 = norm(cin), norm(cout)
-        self.conv1, self.conv2 = conv(cin, cout), conv(cout, cout)
+        self.norm1, self.norm2 = group_norm(cin), group_norm(cout)
+        self.conv1, self.conv2 = conv3x3(cin, cout), conv3x3(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
 
 
 class Middle(nn.Module):
@@ -223,81 +269,103 @@ class Middle(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        q, k, v, out = (nn.Linear(channels, channels) for _ in range(4))
-        self.attentions = nn.Sequential(nn.ModuleDict(dict(
-            group_norm=norm(channels), to_q=q, to_k=k, to_v=v, to_out=nn.Sequential(out))))
+        attention = nn.ModuleDict({"group_norm": group_norm(channels)})
+        for name in ("to_q", "to_k", "to_v"):
+            attention[name] = nn.Linear(channels, channels)
+        attention["to_out"] = nn.Sequential(nn.Linear(channels, channels))
+        self.attentions = nn.Sequential(attention)
         self.resnets = nn.Sequential(Resnet(channels, channels), Resnet(channels, channels))
 
     def forward(self, x):
-        x, layers = self.resnets[0](x), self.attentions[0]
-        h = layers.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
-        h = F.scaled_dot_product_attention(layers.to_q(h), layers.to_k(h), layers.to_v(h))
-        x = x + layers.to_out(h).transpose(2, 3).reshape(x.shape)
+        x = self.resnets[0](x)
+        attention = self.attentions[0]
+        h = attention.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, one head, H*W, C)
+        h = F.scaled_dot_product_attention(attention.to_q(h), attention.to_k(h), attention.to_v(h))
+        x = x + attention.to_out(h).transpose(2, 3).reshape(x.shape)
         return self.resnets[1](x)
 
 
 def stage(cin, cout, depth, change=None):
-    """`depth` resnets at one resolution, then half that resolution (zeros on the right and below only) or twice it."""
-    layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout), *(Resnet(cout, cout) for _ in range(depth - 1))))
+    """`depth` resnets at one resolution, then half of it (zeros on the right and below only) or twice."""
+    layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout)))
+    for _ in range(depth - 1):
+        layers["resnets"].append(Resnet(cout, cout))
     if change == "half":
         half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
         layers["downsamplers"] = nn.Sequential(nn.Sequential(half))
     if change == "twice":
-        twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv(cout, cout))
+        twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv3x3(cout, cout))
         layers["upsamplers"] = nn.Sequential(nn.Sequential(twice))
     return nn.Sequential(layers)
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8), frozen.
+    """Stable Diffusion's autoencoder of images (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8), frozen.
 
-    weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded once; else
-    a file's path. UserError for a file that cannot be had or read or does not fit. Matches diffusers' AutoencoderKL
-    (autoencoder_kl.py), in float32, or in bf16 under the caller's autocast; float16 overflows in VAEs of this family.
+    weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded
+    once; else a file's path, or that of a folder of diffusers (save_pretrained). UserError for a file that
+    cannot be had or read or does not fit. Matches diffusers' AutoencoderKL (autoencoder_kl.py), in float32, or
+    in bf16 under the caller's autocast; float16 overflows in VAEs of this family.
     """
 
     def __init__(self, weights=None):
         super().__init__()
         self.encoder = nn.Sequential(OrderedDict(
-            conv_in=conv(3, 128),
+            conv_in=conv3x3(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512), conv_norm_out=norm(512), silu=nn.SiLU(), conv_out=conv(512, 8)))
+            mid_block=Middle(512), conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
         self.decoder = nn.Sequential(OrderedDict(
-            conv_in=conv(4, 512), mid_block=Middle(512),
+            conv_in=conv3x3(4, 512), mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
-            conv_norm_out=norm(128), silu=nn.SiLU(), conv_out=conv(128, 3)))
+            conv_norm_out=group_norm(128), silu=nn.SiLU(), conv_out=conv3x3(128, 3)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
         self.requires_grad_(False)
-        if weights in VAE_SHA256:
-            name = f"sd-vae-ft-{weights}"
-            url = f"https://huggingface.co/stabilityai/{name}/resolve/main/diffusion_pytorch_model.safetensors"
-            weights = fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
-        if weights is not None:
-            state = load_file(weights)
-            # older files name the attention's layers otherwise, and have 1x1 convolutions where today's are linear
-            for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
-                state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
-            state = {name: tensor.squeeze() if ".attentions." in name else tensor for name, tensor in state.items()}
-            load_weights(self, state, weights)
+        if weights is None:
+            return
+        path = vae_file(weights)
+        state = load_file(path)
+        # older files name the attention's layers otherwise, and have 1x1 convolutions where today's are linear
+        for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+            state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+        for name in state:
+            if ".attentions." in name:
+                state[name] = state[name].squeeze()
+        load_weights(self, state, path)
 
     def encode(self, x):
-        """Images -> (mean, std) of the posterior, times 0.18215; never in bf16, since latents are made to be kept."""
-        slices = x.split(max(1, SLICE_PIXELS // x[0, 0].numel()))
+        """Images -> (mean, std) of the posterior, times 0.18215; never in bf16, for latents are to be kept."""
+        moments = []
         with torch.autocast(x.device.type, enabled=False):
-            moments = torch.cat([self.quant_conv(self.encoder(part)) for part in slices])
-        mean, log_variance = moments.chunk(2, dim=1)
+            for images in x.split(max(1, SLICE_PIXELS // x[0, 0].numel())):
+                moments.append(self.quant_conv(self.encoder(images)))
+        mean, log_variance = torch.cat(moments).chunk(2, dim=1)
         return LATENT_SCALE * mean, LATENT_SCALE * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, z):
         """Latents, scaled as `encode` does, -> images, which may over- and undershoot [-1, 1] a little."""
         images = []
-        for part in (z / LATENT_SCALE).split(max(1, SLICE_PIXELS // (64 * z[0, 0].numel()))):
-            x = self.decoder[:-3](self.post_quant_conv(part))
-            with torch.autocast(z.device.type, enabled=False):  # in bf16, pixels would be off by up to 0.25 of 255
-                images.append(self.decoder[-3:](x.float()))
+        for latents in (z / LATENT_SCALE).split(max(1, SLICE_PIXELS // (64 * z[0, 0].numel()))):
+            h = self.decoder[:-3](self.post_quant_conv(latents))  # all but the last norm, SiLU and convolution
+            with torch.autocast(z.device.type, enabled=False):  # in bf16, pixels would be off by 0.25 of 255
+                images.append(self.decoder[-3:](h.float()))
         return torch.cat(images)
+
+
+def vae_file(weights):
+    """Path of the file that holds a VAE's weights; `weights` as in VAE."""
+    if weights in VAE_SHA256:
+        name = f"sd-vae-ft-{weights}"
+        url = f"https://huggingface.co/stabilityai/{name}/resolve/main/diffusion_pytorch_model.safetensors"
+        return fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
+    places = [Path(weights)]
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        places += [Path(weights, name), Path(weights, "vae", name)]  # a VAE's folder, or a whole pipeline's
+    for path in places:
+        if path.is_file():
+            return path
+    raise UserError(f"{weights}: no such file, nor a folder with {name}: name the VAE's weights with --vae FILE")
 
 
 # ----------------------------------------
@@ -335,25 +403,36 @@ def number(kind, low, high=math.inf):
 
 
 def run(main, argv=None):
-    """Call main(argv): a UserError becomes one line on stderr and exit code 2; other errors are raised."""
+    """Call main(argv): a UserError becomes one line on stderr and exit code 2; other errors are raised.
+    When a rank exits, torchrun ends the others: so all but the one that is to speak wait a little for that."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         main(argv)
+        barrier()  # the other ranks may still need this one
     except (UserError, KeyboardInterrupt) as error:
-        rank, text = int(os.environ.get("RANK", 0)), " ".join(str(error).split()) or "interrupted"
         if rank > 0:
-            time.sleep(5 + rank)  # torchrun ends all ranks when one exits: the lowest in trouble speaks
-        print(f"{Path(main.__code__.co_filename).stem}: error: {text}", file=sys.stderr, flush=True)
+            time.sleep(5 + rank)  # the lowest rank in trouble speaks
+        program = Path(main.__code__.co_filename).stem
+        message = " ".join(str(error).split()) or "interrupted"
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 130)
-    barrier()  # the other ranks may still need this one
+    except RuntimeError:
+        if "RANK" in os.environ:  # perhaps the connection to a rank that has spoken and exited
+            time.sleep(10)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def start(device=None):
-    """Pick CUDA, else MPS, else CPU, and join torchrun's process group -> (rank, number of ranks, device)."""
-    local_rank, alone = int(os.environ.get("LOCAL_RANK", 0)), "RANK" not in os.environ
-    mps = torch.backends.mps.is_available() and alone  # MPS cannot exchange tensors
-    device = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if mps else "cpu"))
+    """Pick CUDA, else MPS, else CPU; join torchrun's process group -> (rank, number of ranks, device)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    alone = "RANK" not in os.environ
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{local_rank}"
+    if device is None and torch.backends.mps.is_available() and alone:  # MPS cannot exchange tensors
+        device = "mps"
+    device = torch.device(device or "cpu")
     gpu = device.type == "cuda"
     if gpu:
         if local_rank >= torch.cuda.device_count():
@@ -361,8 +440,8 @@ def start(device=None):
         torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
-    # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones had listened
-    # (PyTorch issue 135712). Nodes count their attempts separately, so only a job on one node can tell them apart.
+    # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones listened
+    # (PyTorch issue 135712). Nodes count their attempts separately, so this works for a job on one node only.
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
@@ -378,7 +457,7 @@ def barrier():
 
 
 class Progress:
-    """Count images done: a line that refreshes itself on a terminal, a plain line every 20 seconds in a log."""
+    """Count images: a line that refreshes itself on a terminal, a plain line every 20 seconds in a log."""
 
     def __init__(self, what, total, quiet=False):
         self.what, self.total, self.quiet, self.done = what, total, quiet, 0
@@ -386,50 +465,54 @@ class Progress:
 
     def update(self, n):
         self.done = min(self.total, self.done + n)
-        now, last, live = time.time(), self.done == self.total, sys.stderr.isatty()
-        if self.quiet or not last and now - self.shown < (0.2 if live else 20):
+        finished = self.done == self.total
+        live = sys.stderr.isatty()
+        now = time.time()
+        if self.quiet or (not finished and now - self.shown < (0.2 if live else 20)):
             return
-        self.shown, rate = now, self.done / max(now - self.begin, 1e-9)
+        self.shown = now
+        rate = self.done / max(now - self.begin, 1e-9)
         left = timedelta(seconds=int((self.total - self.done) / rate))
         line = f"{self.what}: {self.done:,}/{self.total:,} images, {rate:,.1f}/s, {left} left"
-        print(f"\r{line:<79}" if live else line, end="" if live and not last else "\n", file=sys.stderr, flush=True)
+        end = "" if live and not finished else "\n"
+        print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def naming(path, what=None):
-    """An error of the file system becomes a UserError that names this path. Where a file of the kind `what` is read,
-    whatever its decoder raises becomes an UnreadableFile."""
+def one_line_errors(path, what=None):
+    """An error of the file system becomes a UserError that names this path. Where a file of the kind `what`
+    is read, whatever its decoder raises becomes an UnreadableFile."""
     try:
         yield
     except Exception as error:
-        disk = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's error
-        if getattr(disk, "errno", None):  # decoders raise OSErrors, too, but without a number
-            raise UserError(f"{path}: {disk.strerror}") from None
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's
+        if getattr(cause, "errno", None):  # decoders raise OSErrors, too, but without a number
+            raise UserError(f"{path}: {cause.strerror}") from None
         if what is None:
             raise
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch's second sentence tells how to run a hostile file
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on to tell how to run a hostile file
         raise UnreadableFile(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Open a file that replaces `path`, whose folder is made, flushed to disk, when the block ends without an error."""
-    part = Path(f"{path}.tmp")
+    """Open a file that replaces `path`, flushed to disk, when the block ends without an error."""
+    beside = Path(f"{path}.tmp")
     try:
-        with naming(path):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
+        with one_line_errors(path):
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, path)
+            os.replace(beside, path)
     finally:
-        part.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def lock(folder):
-    """Make a folder, unless it exists, and lock it until this process ends, or the returned file is closed."""
-    with naming(folder):
+    """Make a folder, unless it exists, and lock it until the returned file is closed or this process ends."""
+    with one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
         try:
@@ -454,61 +537,75 @@ def fetch(url, flag, sha256=None, name=None):
 
 
 def load_file(path):
-    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for a pickle that would run code.
-
-    Rank 0 compares a torch file's checksums; .safetensors files and those from before torch 1.6 have none.
-    """
-    with naming(path, "weights file"):
+    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for code in a pickle.
+    Rank 0 compares a torch file's checksums; .safetensors files and those from before torch 1.6 have none."""
+    with one_line_errors(path, "weights file"):
         zipped = zipfile.is_zipfile(path)
-        if zipped and os.environ.get("RANK", "0") == "0" and (wrong := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"the checksum of {wrong} is wrong")
+        if zipped and os.environ.get("RANK", "0") == "0":
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         if Path(path).suffix == ".safetensors":
             state = load_safetensors(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in published files
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in weights_in(state).items()):
-            raise ValueError("it holds no state dict")
+        for name, tensor in weights_in(state).items():
+            if not isinstance(name, str) or not torch.is_tensor(tensor):
+                raise ValueError("it holds no state dict")
     return state
 
 
 def load_safetensors(path):
-    """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON, {name: {dtype, shape,
-    data_offsets}}), and the tensors' bytes, where the offsets point."""
+    """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON, {name:
+    {dtype, shape, data_offsets}}), and the tensors' bytes, which begin and end at the offsets."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         data = bytearray(file.read())
     header.pop("__metadata__", None)
-    return {name: torch.frombuffer(data, dtype=dtypes[entry["dtype"]], offset=entry["data_offsets"][0],
-                                   count=math.prod(entry["shape"])).reshape(entry["shape"])
-            for name, entry in header.items()}
+    for name, entry in header.items():
+        begin = entry["data_offsets"][0]
+        flat = torch.frombuffer(data, dtype=dtypes[entry["dtype"]], offset=begin, count=math.prod(entry["shape"]))
+        header[name] = flat.reshape(entry["shape"])
+    return header
 
 
 def weights_in(checkpoint):
-    """The EMA of a checkpoint of train.py; the state dict of a published file, bare or under "ema" or "model"."""
+    """The EMA of a checkpoint of train.py; a published file's state dict, bare or under "ema" or "model"."""
     return checkpoint.get("ema", checkpoint.get("model", checkpoint))
 
 
 def load_weights(module, state, path, assign=False):
-    """Load a state dict into a module; UserError names the first tensor that is missing, unexpected or misshapen."""
+    """Load a state dict; UserError names the first tensor that is missing, unexpected or misshapen."""
     expected = module.state_dict()
-    for name in sorted({*state, *expected}):
-        have, want = (tuple(tensors[name].shape) if name in tensors else "nothing" for tensors in (state, expected))
-        if have != want:
-            raise UserError(f"{path}: {name} is {have} where {want} is expected")
+    for name in sorted(state.keys() | expected.keys()):
+        found = tuple(state[name].shape) if name in state else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if found != wanted:
+            raise UserError(f"{path}: {name} is {found} where {wanted} is expected")
     module.load_state_dict(state, assign=assign)
+
+
+def fingerprint(*modules):
+    """Hex SHA-256 of the modules' tensors: the same weights give the same, whatever file they came from."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_json(path):
     """The dict in a JSON file."""
-    with naming(path, "description"):
+    with one_line_errors(path, "description"):
         return dict(json.loads(Path(path).read_text()))
 
 
 def open_array(path):
     """A .npy file, memory-mapped and never unpickled."""
-    with naming(path, "array"):
+    with one_line_errors(path, "array"):
         return np.lib.format.open_memmap(path, mode="r")
 
 
@@ -521,10 +618,11 @@ def list_images(folder):
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
         if os.path.realpath(root) in seen:
-            folders[:], files = [], []  # a link that leads back
+            folders.clear()  # os.walk goes no deeper here
+            continue
         seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         paths += [Path(root, name) for name in files if name[0] != "." and Path(name).suffix.lower() in known]
     if not paths:
         raise UserError(f"{folder}: no image files in this folder")
@@ -532,20 +630,19 @@ def list_images(folder):
 
 
 def read_image(path):
-    """One image file as RGB; UnreadableFile for what is damaged, no image, or a decompression bomb.
-
-    As in ADM, transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable.
-    """
-    with naming(path, "image"), Image.open(path) as image:
+    """One image file as RGB; UnreadableFile for what is damaged, no image, or a decompression bomb. As in ADM,
+    transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable."""
+    with one_line_errors(path, "image"), Image.open(path) as image:
         if image.mode == "F":
             raise ValueError("its pixels are floats")
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255 instead of dividing by 257
-            image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255, not divide it by 257
+            grey = np.round(np.asarray(image) / 257).clip(0, 255)
+            image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
 
 
 def center_crop(image, size):
-    """ADM's crop: halve by box filter while the short side is at least 2*size, bicubic to size, then the centre."""
+    """ADM's crop: halve by box filter while the short side is at least 2*size, bicubic to size, the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)

@@ -36,7 +36,7 @@ from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive
                         mean_distance, repa_loss, repa_projector)
 from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
                     center_crop, compile_blocks, default_dtype, generate, list_images, load_file, load_weights, lock,
-                    naming, number, open_array, read_image, read_json, run, save_grid, start, weights_in)
+                    number, one_line_errors, open_array, read_image, read_json, run, save_grid, start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
 # flags that may change when a run goes on: silently, or logged; data are compared by content
@@ -201,7 +201,7 @@ def cache_images(args, rank, world, device):
         return
     vae = None if pixels else VAE(meta["vae"]).to(device)
     if rank == 0 and not array.exists():  # begun once the VAE is found
-        with naming(target):
+        with one_line_errors(target):
             with atomic(target / "meta.json") as file:
                 file.write(json.dumps(meta, indent=1).encode())
             np.save(marks, np.full(len(files), -2))
@@ -222,7 +222,7 @@ def cache_images(args, rank, world, device):
                 images = torch.stack([torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))], 1).half().cpu()
             for path, rows in ((array, np.asarray(images)), (marks, found)):
                 begin = open_array(path).offset + first * rows[0].nbytes
-                with naming(path), open(path, "r+b") as file:  # on a full disk an error; mapped memory would crash
+                with one_line_errors(path), open(path, "r+b") as file:  # mapped memory would crash on a full disk
                     fcntl.lockf(file, fcntl.LOCK_EX)  # against ranks on other nodes, since network disks write pages
                     file.seek(begin)
                     file.write(rows.tobytes())
@@ -614,7 +614,7 @@ def train(args, data, held_out, rank, world, device):
             text = "  ".join(f"{name} {show(value)}" for name, value in line.items())
             left = timedelta(seconds=int((steps - done) * args.batch / rate))
             print(f"step {done:,}/{steps:,}  {text}  left {left}", flush=True)
-            with naming(log), open(log, "a") as file:
+            with one_line_errors(log), open(log, "a") as file:
                 file.write(json.dumps(dict(step=done, **line)) + "\n")
             if args.wandb:
                 wandb.log(line, step=done)
