@@ -213,7 +213,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.proj(x).flatten(2).transpose(1, 2)
+        return x.contiguous()  # in memory, too: else every layer norm copies its input
 
 
 class LabelEmbedder(nn.Module):

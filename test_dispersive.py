@@ -148,6 +148,20 @@ def test_loss_of_large_bf16_activations_under_autocast_is_that_in_float64(kind):
         close(gradient, exact_gradient, tolerance)
 
 
+@pytest.mark.parametrize("kind", ["infonce", "hinge"])
+def test_the_distance_of_a_sample_to_itself_is_zero_and_none_is_negative(kind):
+    """Rounding noise in its place would be most of the gradient near the floor, and lift the loss above its bound."""
+    far = 2.12 * rn(3, 16, 4096)  # D / tau is about 18
+    value, gradient = value_and_gradient(lambda z: dispersive_loss(z, kind, margin=9.5), far)
+    reference, slow_gradient = value_and_gradient(lambda z: slow_loss(z, None, kind, margin=9.5), far)
+    close(value, reference, 1e-5)
+    close(gradient, slow_gradient, 1e-4)
+    large = 1000 * rn(4, 8, 196608)
+    twins = torch.cat([large, large + 0.1 * rn(5, 8, 196608)])  # D is 0.01 where squares are 1e6
+    value, bound = dispersive_loss(twins, kind), dict(infonce=0, hinge=1)[kind]
+    assert value <= bound and abs(value - slow_loss(twins, None, kind)) < 0.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_are_consecutive_samples_averaged(kind):
     parts = [rn(seed, 4, 9) for seed in (6, 7, 8)]
@@ -209,6 +223,10 @@ def test_the_losses_can_be_pasted_alone_and_work_under_vmap_jvp_and_compile():
         close(torch.func.vmap(loss)(torch.stack([z, other])), torch.stack([loss(z), loss(other)]), 1e-5)
         close(torch.func.jvp(loss, (z,), (other,))[1], (value_and_gradient(loss, z)[1] * other).sum(), 1e-4)
         assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True, dynamic=True)(z), loss(z))
+        close(torch.func.grad(loss)(z), value_and_gradient(loss, z)[1], 1e-6)
+        x = z.clone().requires_grad_()
+        gradient, = torch.autograd.grad(loss(x), x, create_graph=True)
+        assert not torch.autograd.grad(gradient.sum(), x)[0].isfinite().any()  # rather than wrong
 
 
 def test_repa_loss_is_minus_the_mean_cosine_and_its_projector_has_three_layers():
@@ -541,7 +559,7 @@ for name in ("SiT-nano/8", "SiT-nano/4", "SiT-nano/2", "DiT-nano/8"):
     MODELS[name] = dict(hidden_size=32, depth=8, num_heads=2, patch_size=int(name[-1]))
 CPU, partial = torch.device("cpu"), functools.partial
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that the tests start elsewhere
-CLOCKS = {"images/s", "TFLOP/s"}  # what differs from run to run
+CLOCKS = {"images/s", "TFLOP/s", "time"}  # what differs from run to run
 FORK = multiprocessing.get_context("forkserver")  # a server that has imported all this forks a run in milliseconds
 FORK.set_forkserver_preload([__name__, "torch._dynamo"])
 
@@ -810,8 +828,10 @@ def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     moments = np.random.default_rng(0).normal(size=(6, 2, 8, 4, 4)).astype(np.float16)
     data = train.Data.open(data_folder("data", moments, [0, -1, 1, 0, 1, 0], "ema"))
     x, labels = data.read(np.array([4, 1]), np.array([False, True]))
-    expected = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32))
-    close(data.prepare(x, 3.0), expected[:, :4] + 3 * expected[:, 4:], 1e-6)
+    mean, std = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32)).chunk(2, 1)
+    losses = train.Losses(train.parse(["--model", "SiT-nano/2"]), data, CPU)
+    noise = torch.randn(8, 4, 4, 4, generator=train.stream(3, 7, "posterior", CPU))[2:4]
+    close(losses.draw(x, 3, 7, 8, slice(2, 4))[0], mean + std * noise, 1e-6)
     assert data.shape == (4, 4, 4) and len(data.rows) == 5 and labels.tolist() == [0, 1]
 
 
@@ -874,7 +894,7 @@ def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce"
         if features is not None:
             values["repa"] = repa_loss(projector(z[0]), torch.from_numpy(features[entries, flips.astype(int)]))
         (total + weight * sum(value for name, value in values.items() if name != "loss")).backward()
-        if "disp" in values:
+        if kind in ("infonce", "hinge") and not view:  # the losses that compute distances
             values["distance"] = sum(mean_distance(a, group) for a in z) / len(z)
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
@@ -892,6 +912,7 @@ def check_by_hand(base, out, flags, **options):
     for entry, values in zip(log_of(out), curve):
         close([entry[name] for name in values], [*values.values()], 1e-4)
         assert ("disp" in entry) == ("disp" in values) and "val" not in entry
+        assert ("distance" in entry) == ("distance" in values)
     assert weights(out, "opt")["param_groups"][0]["betas"][1] == options.get("beta2", 0.999)
     for which in expected if "features" in options else ("model", "ema"):
         for name, value in weights(out, which).items():
@@ -915,11 +936,13 @@ def test_the_step_is_the_recipe(flags, options, base):
     check_by_hand(base, "run", flags.split(), **options)
 
 
-def test_repa_aligns_block_eight_with_the_features_of_image_or_mirror_image(base, little):
+def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, little):
     features = np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float16)
     np.save("features.npy", features)
     check_by_hand(base, "run", ["--disp", "none", "--repa", "features.npy", "--repa-weight", 0.7],
-                  kind="none", blocks=[8], features=features, weight=0.7)
+                  kind="none", blocks=[4], features=features, weight=0.7)
+    for name, block in (("SiT-B/2", 4), ("DiT-L/4", 8), ("SiT-XL/2", 8)):  # as REPA's authors advise
+        assert train.parse(["--model", name]).repa_block == block
 
 
 def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(base, latents, capsys):
@@ -934,9 +957,9 @@ def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(
     close(column("b", "val"), column("a", "val"), 1e-5)
     trains("--data", base[1], *NANO, *still, "--val", data_folder("few", pixels[:100]), "--out", "c")
     close(column("c", "val"), [[((pixels[:100] / 127.5 - 1) ** 2).mean() + 1]], 2e-2)  # a fresh network says zero
-    for args, other in ((base, data_folder("small", pixels[:2, :, :8, :8])),
-                        (latents, data_folder("mse", np.load("data/latents.npy"), vae="mse"))):
-        assert "its shape, classes or VAE differ" in fails(train.main, capsys, *args, "--val", other)
+    for args, other, words in ((base, data_folder("small", pixels[:2, :, :8, :8]), "its shape differs"),
+                               (latents, data_folder("mse", np.load("data/latents.npy"), vae="mse"), "its classes or VAE")):
+        assert words in fails(train.main, capsys, *args, "--val", other)
 
 
 def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_label(base, monkeypatch):
@@ -1027,17 +1050,17 @@ def killed_between_the_renames():
 
 
 def killed_before_the_picture():
-    train.picture = lambda *args: send(signal.SIGKILL)
+    train.Recorder.draw_grid = lambda *args: send(signal.SIGKILL)
 
 
 def sick():
     """The gradient of the dispersive loss, though not its value, is not finite in the next call."""
-    loss = train.dispersive_loss
+    loss = train.repulsion
 
-    def value(z, *args, **options):
-        train.dispersive_loss = loss
-        return loss(z, *args, **options) + z.sum().mul(0).sqrt()
-    train.dispersive_loss = value
+    def value(D, *args):
+        train.repulsion = loss
+        return loss(D, *args) + D.sum().mul(0).sqrt()
+    train.repulsion = value
 
 
 def disk_full():
@@ -1077,7 +1100,7 @@ def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, cod
 
 def test_a_signal_during_the_last_checkpoint_is_not_swallowed(base, monkeypatch, capsys):
     save = train.save
-    monkeypatch.setattr(train, "save", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), save(*args)))
+    monkeypatch.setattr(train, "save", lambda *args, **named: (send(signal.SIGTERM), save(*args, **named)))
     with pytest.raises(SystemExit) as stop:
         trains(*base, "--steps", 2, "--out", "out")
     assert stop.value.code == 143 and "SIGTERM: saved at step 2" in capsys.readouterr().out
@@ -1310,6 +1333,37 @@ def test_a_step_never_waits_for_the_device(flags, latents, monkeypatch):
     monkeypatch.setattr(train, "batches", watching)
     trains(*latents, *flags.split())
     assert watched == [1]
+
+
+class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes that operations read and write, each storage once for every operation."""
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        leaves = torch.utils._pytree.tree_leaves
+        read, written = ({t.untyped_storage().data_ptr(): t.nbytes for t in leaves(values) if torch.is_tensor(t)}
+                         for values in ((args, kwargs), result))
+        if function._schema.is_mutable or not written.keys() <= read.keys():  # else it is a view
+            self.total += sum({**read, **written}.values())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["infonce", "hinge", "cosine"])
+def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
+    """In a whole step, with the distance that is logged."""
+    data = train.Data(np.zeros((32, 3, 32, 32), np.uint8), np.zeros(32, int), ["all"])
+    images, labels = data.read(np.arange(32), np.zeros(32, bool))
+
+    def traffic(*flags):
+        losses = train.Losses(train.parse(["--model", "SiT-nano/2", "--batch", "32", *flags]), data, CPU)
+        with Traffic() as counted:
+            losses(0, 0, images, labels)[0].backward()
+        return counted.total / (32 * 256 * 32 * 4)
+
+    none = traffic("--disp", "none")
+    assert 2 < traffic("--disp", kind, "--disp-blocks", "3") - none <= 9
+    assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 8 <= 9
 
 
 def test_the_commands_of_the_paper_row_by_row_run(base, monkeypatch):
