@@ -23,7 +23,7 @@ from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, lis
                     load_weights, number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-# The names of mean and covariance in ADM's reference files; adm_in256_stats.npz and JiT's have the first two.
+# ADM's names of mean and covariance; adm_in256_stats.npz and jit_in256_stats.npz have the first two.
 STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}
 MOST_NEIGHBOURS = 100_000  # largest set for precision and recall, whose cost is quadratic
 NEEDS = {  # the metrics, in the order of printing, and what they are computed from
@@ -52,7 +52,7 @@ def resize_tf1(x, size=299):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. With stride 1 the map keeps its size unless padded is False."""
+    """Convolution, batch norm, ReLU. With stride 1 the map keeps its size (if padded)."""
 
     def __init__(self, channels, out, height, width, stride=1, padded=True):
         super().__init__()
@@ -67,8 +67,8 @@ class Conv(nn.Module):
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-# The kinds of blocks, their branches, and the convolutions of each branch: (channels out, kernel height,
-# kernel width). None is a width in which blocks of one kind differ. "_pool" begins with a pool.
+# The kinds of blocks, their branches, and the convolutions of each branch: (channels out, kernel
+# height, kernel width). None is a width in which blocks of a kind differ. "_pool" begins with a pool.
 BLOCKS = {
     "35 x 35": {
         "1x1": [(64, 1, 1)],
@@ -91,8 +91,8 @@ BLOCKS = {
 
 
 class Mixed(nn.Module):
-    """An Inception block: the branches of BLOCKS[kind], whose outputs are concatenated. In a block that
-    halves the map, the pool and the last convolution of every branch have stride 2."""
+    """An Inception block: the branches of BLOCKS[kind], whose outputs are concatenated.
+    In a block that halves the map, the pool and the last convolution of each branch have stride 2."""
 
     def __init__(self, kind, channels, width=None, halve=False):
         super().__init__()
@@ -140,16 +140,16 @@ class LastMixed(nn.Module):
         h = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         return torch.cat([
-            self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h), self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))], dim=1)
+            self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h),
+            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))], 1)
 
 
 class Inception(nn.Module):
-    """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port of it.
+    """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
 
-    weights: None is an untrained network, "random" one of a fixed seed, else a file's path (UserError if
-    it is unreadable or does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns,
-    in float32, what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
+    weights: None is an untrained network, "random" one of a fixed seed, else a file's path (UserError
+    if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in float32,
+    what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
       pool     (B, 2048)  pool_3, for FID, precision and recall
       spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, flattened as 17 x 17 x 7, for sFID
       logits   (B, 1008)  without their bias, for the Inception Score
@@ -184,7 +184,7 @@ class Inception(nn.Module):
         elif weights is not None:
             state = load_file(weights)
             for name, tensor in self.state_dict().items():
-                if name.endswith("num_batches_tracked"):  # a counter that files may lack; it plays no part
+                if name.endswith("num_batches_tracked"):  # files may lack it, and it plays no part
                     state.setdefault(name, tensor)
             load_weights(self, state, weights)
 
@@ -223,7 +223,7 @@ def square_root(sigma):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    mu (D,); sigma (D, D), symmetric, of any rank; float64. UserError, a ValueError, for other shapes.
+    mu (D,); sigma (D, D), symmetric, of any rank. UserError, a ValueError, for other shapes.
     """
     mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
@@ -271,7 +271,7 @@ def squared_distances(x, y, slack=0.0):
 
 
 def squared_radii(x, k, rows):
-    """Squared distances (N,) of points x (N, D) to their k-th neighbours; so many rows at a time."""
+    """Squared distances (N,) of points x (N, D) to their k-th neighbours, by blocks of rows."""
     radii = []
     for some in x.split(rows):
         nearest = squared_distances(some, x).topk(k + 1, largest=False).values
@@ -283,10 +283,10 @@ def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and
     (M, D), arrays or tensors on one device -> (precision, recall).
 
-    Precision is the share of fake points that are no farther from some real point than that one is from
-    its k-th real neighbour, itself not counted; recall is the same with the sets exchanged. Ties within
-    rounding count. Computed in at least float32 (ADM's evaluator: float16), at most 2^25 distances at a
-    time. ValueError if the widths differ or a set has no k-th neighbour.
+    Precision is the share of fake points that are no farther from some real point than that one is
+    from its k-th real neighbour, itself not counted; recall is the same with the sets exchanged. Ties
+    within rounding count. Computed in at least float32 (ADM's evaluator: float16), by blocks of 2^25
+    distances. ValueError if the widths differ or a set has no k-th neighbour.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
@@ -309,9 +309,9 @@ def precision_recall(real, fake, k=3):
 
 
 # ----------------------------------------
-# Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of `size`
-# (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width); and it has
-# `statistics`, arrays under ADM's names.
+# Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of
+# `size` (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width); and
+# `statistics`, a dict of arrays under ADM's names.
 
 
 class Folder:
@@ -449,8 +449,8 @@ def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
 def parse_flags(argv):
     parser = Parser(prog="fid.py", description=__doc__)
     flag = parser.add_argument
-    flag("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, NHWC), "
-         "statistics mu, sigma, mu_s, sigma_s, or both")
+    flag("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, "
+         "NHWC), statistics mu, sigma, mu_s, sigma_s, or both")
     flag("reference", help="likewise; its statistics serve FID and sFID, its images all else")
     flag("--size", type=number(int, 1), metavar="N", help="crop folders of images as training does")
     flag("--weights", metavar="FILE", help="of Inception (default: downloaded); 'random' for a trial")
@@ -464,9 +464,11 @@ def warn_about(samples, reference):
     """Print what makes the numbers mislead."""
     for side in (samples, reference):
         if 0 < side.count < 50_000 and len(side.statistics) < 4:
-            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high", file=sys.stderr)
+            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high",
+                  file=sys.stderr)
     if samples.count and reference.count and samples.size != reference.size:
-        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}", file=sys.stderr)
+        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}",
+              file=sys.stderr)
 
 
 def main(argv=None):

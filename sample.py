@@ -2,9 +2,9 @@
 
     python sample.py --ckpt out/ckpt.pt --out samples
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
-    python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --num-samples 8
+    python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --n 8
 
-Sample i depends on --seed and i alone, not on --batch or the number of ranks. An interrupted run continues.
+Sample i depends on --seed and i alone, not on --batch or the ranks. An interrupted run continues.
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
 """
 import argparse
@@ -49,7 +49,7 @@ def default_dtype(device):
 
 
 def compile_blocks(net, wanted, device):
-    """torch.compile each block by itself: one compilation serves all. wanted: None means on GPUs."""
+    """torch.compile each block by itself, so that one compilation serves all; None: on GPUs."""
     if wanted or (wanted is None and device.type == "cuda"):
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks in pieces
         for block in net.blocks:
@@ -57,8 +57,8 @@ def compile_blocks(net, wanted, device):
 
 
 def load_model(path, name=None):
-    """Checkpoint file -> (network with the EMA weights, on the CPU, and the config of its training).
-    A file of train.py holds the config; of a published file, `name` says which of the MODELS it is."""
+    """Checkpoint file -> (network with the EMA weights on the CPU, config of its training).
+    A file of train.py holds the config; for a published file, `name` is the one of MODELS it holds."""
     checkpoint = load_file(path)
     config = checkpoint.get("config")
     if (config is None) == (name is None):  # exactly one of them has to say which model it is
@@ -119,7 +119,7 @@ def parse_flags(argv):
     flag("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
     flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
          help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
-    flag("--cfg-channels", type=number(int, 1), help="guide only the first channels; published code: 3")
+    flag("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
     flag("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
     flag("--labels", choices=["balanced", "random"], default="balanced",
          help="go through the classes in turn, or draw at random as DiT's and ADM's scripts do (balanced)")
@@ -128,7 +128,7 @@ def parse_flags(argv):
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     flag("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     flag("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), a file or a folder; default: as in training")
-    flag("--out", default="samples.npz", help=".npz (arr_0 images, arr_1 labels) or a folder of PNGs")
+    flag("--out", default="samples.npz", help=".npz (arr_0: images, arr_1: labels) or a folder")
     return parser.parse_args(argv)
 
 
@@ -228,8 +228,8 @@ def main(argv=None):
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
-        images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed,
-                          device, dtype, decode, **options)
+        y = torch.from_numpy(labels[indices])
+        images = generate(net, objective, shape, y, indices, args.seed, device, dtype, decode, **options)
         for i, image in zip(indices, images):
             with atomic(files[i]) as file:
                 image.save(file, "PNG", compress_level=1)
@@ -329,7 +329,7 @@ class VAE(nn.Module):
             return
         path = vae_file(weights)
         state = load_file(path)
-        # older files name the attention's layers otherwise, and have 1x1 convolutions for linear layers
+        # older files name the attention's layers otherwise, which are 1x1 convolutions there
         spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         for old, new in spellings.items():
             state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
@@ -339,7 +339,7 @@ class VAE(nn.Module):
         load_weights(self, state, path)
 
     def encode(self, x):
-        """Images -> (mean, std) of the posterior, times 0.18215; in float32, since latents are kept."""
+        """Images -> (mean, std) of the posterior, times 0.18215; in float32, for latents are kept."""
         moments = []
         with torch.autocast(x.device.type, enabled=False):
             for images in x.split(max(1, SLICE_PIXELS // x[0, 0].numel())):
@@ -352,7 +352,7 @@ class VAE(nn.Module):
         images = []
         for latents in (z / LATENT_SCALE).split(max(1, SLICE_PIXELS // (64 * z[0, 0].numel()))):
             h = self.decoder[:-3](self.post_quant_conv(latents))  # all but norm, SiLU and conv_out
-            with torch.autocast(z.device.type, enabled=False):  # bf16 pixels would be off by 0.25 of 255
+            with torch.autocast(z.device.type, enabled=False):  # bf16 pixels are off by 0.25 of 255
                 images.append(self.decoder[-3:](h.float()))
         return torch.cat(images)
 
@@ -407,8 +407,10 @@ def number(kind, low, high=math.inf):
 
 
 def run(main, argv=None):
-    """Call main(argv): a UserError becomes one line on stderr and exit code 2; other errors are raised.
-    torchrun ends all ranks when one has exited: those that wait for that leave it to others to speak."""
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2.
+
+    torchrun ends all ranks once one has exited. So a rank that waits leaves it to others to speak.
+    """
     rank = int(os.environ.get("RANK", 0))
     try:
         main(argv)
@@ -462,7 +464,7 @@ def barrier():
 
 
 class Progress:
-    """Count images: on a terminal a line that refreshes itself, in a log a line every 20 seconds."""
+    """Count images: a line that refreshes itself on a terminal, one every 20 seconds in a log."""
 
     def __init__(self, what, total, quiet=False):
         self.what, self.total, self.quiet, self.done = what, total, quiet, 0
@@ -485,8 +487,8 @@ class Progress:
 
 @contextlib.contextmanager
 def one_line_errors(path, what=None):
-    """An error of the file system becomes a UserError that names this path. Where a file of the kind
-    `what` is read, whatever its decoder raises becomes an UnreadableFile."""
+    """An error of the file system becomes a UserError that names this path.
+    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile."""
     try:
         yield
     except Exception as error:
@@ -519,7 +521,7 @@ def atomic(path):
 
 
 def lock(folder):
-    """Make a folder if need be, and lock it until the returned file is closed or this process ends."""
+    """Make a folder if need be; lock it until the returned file is closed or this process ends."""
     with one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -531,7 +533,7 @@ def lock(folder):
 
 
 def fetch(url, flag, sha256=None, name=None):
-    """Path of a file in torch's hub cache; downloaded once per node, its SHA-256 (prefix) checked."""
+    """Path of a file in torch's hub cache, downloaded once per node. sha256 may be a prefix."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[-1])
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"downloading {url} to {path}", file=sys.stderr)
@@ -597,7 +599,7 @@ def load_weights(module, state, path, assign=False):
 
 
 def fingerprint(*modules):
-    """Hex SHA-256 of the modules' tensors: it knows weights from whatever file they came."""
+    """Hex SHA-256 of the modules' tensors: the same for the same weights from another file."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -619,7 +621,7 @@ def open_array(path):
 
 
 def list_images(folder):
-    """Sorted paths of the images in a folder and below, by Pillow's file extensions, but for hidden ones.
+    """Sorted paths of the images in a folder and below, by file extension, without hidden ones.
     Links are followed, but a folder that is reached several times counts once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
