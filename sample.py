@@ -369,7 +369,7 @@ def vae_file(weights):
     for path in places:
         if path.is_file():
             return path
-    raise UserError(f"{weights}: no such file, nor a folder with {name}: name the VAE with --vae FILE")
+    raise UserError(f"{weights}: No such file, nor a folder with {name}: name the VAE with --vae FILE")
 
 
 # ----------------------------------------
