@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall of images, as ADM's TensorFlow evaluator computes them.
+"""FID, sFID, Inception Score, precision and recall, as ADM's TensorFlow evaluator computes them.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz
     python fid.py samples.npz my_images --size 256
@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file, load_weights,
-                    number, one_line_errors, open_array, read_image, run, start)
+from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file,
+                    load_weights, number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-# ADM's names of mean and covariance: of the pool features, for FID, and of the spatial features, for sFID
+# ADM's names of mean and covariance; adm_in256_stats.npz and jit_in256_stats.npz have the first two.
 STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}
 MOST_NEIGHBOURS = 100_000  # largest set for precision and recall, whose cost is quadratic
 NEEDS = {  # the metrics, in the order of printing, and what they are computed from
@@ -39,7 +39,7 @@ NEEDS = {  # the metrics, in the order of printing, and what they are computed f
 
 
 def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i reads at i * H / size, without half-pixel centres."""
+    """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is read at i * H / size."""
     for dim in (2, 3):
         source = torch.arange(size, device=x.device) * (x.shape[dim] / size)
         low = source.long()
@@ -52,7 +52,7 @@ def resize_tf1(x, size=299):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. With stride 1 the map keeps its size, unless `padded` is False."""
+    """Convolution, batch norm, ReLU. With stride 1 the map keeps its size (if padded)."""
 
     def __init__(self, channels, out, height, width, stride=1, padded=True):
         super().__init__()
@@ -67,8 +67,8 @@ class Conv(nn.Module):
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-# The branches of each kind of block, and the convolutions of each branch: (channels out, kernel height, kernel width).
-# Blocks of one kind may differ in one width, which is written None here. "_pool" starts from the block's pooled input.
+# The kinds of blocks, their branches, and the convolutions of each branch: (channels out, kernel
+# height, kernel width). None is a width in which blocks of a kind differ. "_pool" begins with a pool.
 BLOCKS = {
     "35 x 35": {
         "1x1": [(64, 1, 1)],
@@ -91,8 +91,8 @@ BLOCKS = {
 
 
 class Mixed(nn.Module):
-    """An Inception block: branches side by side, whose outputs are concatenated. `width` stands for None in BLOCKS.
-    In a block that halves the map, the pool and the last convolution of every branch have stride 2."""
+    """An Inception block: the branches of BLOCKS[kind], whose outputs are concatenated.
+    In a block that halves the map, the pool and the last convolution of each branch have stride 2."""
 
     def __init__(self, kind, channels, width=None, halve=False):
         super().__init__()
@@ -102,11 +102,13 @@ class Mixed(nn.Module):
             self.branches[branch] = []
             inputs = channels
             for i, (outputs, kernel_height, kernel_width) in enumerate(layers, start=1):
+                outputs = outputs or width
                 stride = 2 if halve and i == len(layers) else 1
-                conv = Conv(inputs, outputs or width, kernel_height, kernel_width, stride)
-                inputs = outputs or width
+                conv = Conv(inputs, outputs, kernel_height, kernel_width, stride)
+                name = f"branch{branch}_{i}" if len(layers) > 1 else f"branch{branch}"
+                self.add_module(name, conv)
                 self.branches[branch].append(conv)
-                self.add_module(f"branch{branch}_{i}" if len(layers) > 1 else f"branch{branch}", conv)
+                inputs = outputs
 
     def forward(self, x):
         outputs = []
@@ -136,20 +138,20 @@ class LastMixed(nn.Module):
 
     def forward(self, x):
         h = self.branch3x3_1(x)
-        g = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        outputs = [self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h), self.branch3x3dbl_3a(g),
-                   self.branch3x3dbl_3b(g), self.branch_pool(self.pool(x))]
-        return torch.cat(outputs, dim=1)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([
+            self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h),
+            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))], 1)
 
 
 class Inception(nn.Module):
-    """The Inception-v3 of FID (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port of its weights.
+    """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
 
-    `weights`: None is an untrained network, "random" one of a fixed seed, else the path of a weights file (UserError
-    if it is unreadable or does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in
-    float32, what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
+    weights: None is an untrained network, "random" one of a fixed seed, else a file's path (UserError
+    if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in float32,
+    what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
       pool     (B, 2048)  pool_3, for FID, precision and recall
-      spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, 17 x 17 x 7 flattened in that order, for sFID
+      spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, flattened as 17 x 17 x 7, for sFID
       logits   (B, 1008)  without their bias, for the Inception Score
     """
 
@@ -182,7 +184,7 @@ class Inception(nn.Module):
         elif weights is not None:
             state = load_file(weights)
             for name, tensor in self.state_dict().items():
-                if name.endswith("num_batches_tracked"):  # files may lack these counters, which play no part here
+                if name.endswith("num_batches_tracked"):  # files may lack it, and it plays no part
                     state.setdefault(name, tensor)
             load_weights(self, state, weights)
 
@@ -191,10 +193,11 @@ class Inception(nn.Module):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected uint8 images (B, 3, H, W), not {x.dtype} {tuple(x.shape)}")
         to_mixed_6d = [
-            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, HALVE, self.Conv2d_3b_1x1,
-            self.Conv2d_4a_3x3, HALVE, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b,
-            self.Mixed_6c, self.Mixed_6d]
-        with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, HALVE,
+            self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, HALVE, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d,
+            self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d]
+        full_float32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(x.device.type, enabled=False), full_float32:
             x = (resize_tf1(x) - 128) / 128
             if x.device.type == "cpu":
                 x = x.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on CPUs
@@ -212,28 +215,30 @@ class Inception(nn.Module):
 
 
 def square_root(sigma):
-    """R with R R^T = sigma and as many columns as the numerical rank (LAPACK's pivoted Cholesky factorisation)."""
+    """R (D, rank) with R R^T = sigma, by LAPACK's pivoted Cholesky factorisation."""
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
     return np.tril(factor)[np.argsort(pivots), :rank]
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the squared distance of two Gaussians, in float64.
+    """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    mu: (D,), sigma: (D, D), symmetric, of any rank; UserError, a ValueError, for other shapes. 0 for equal arguments.
+    mu (D,); sigma (D, D), symmetric, of any rank. UserError, a ValueError, for other shapes.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
+    mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not 2 * mu1.shape == sigma1.shape == sigma2.shape:
-        raise UserError(f"statistics do not fit together: {mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
-    # With sigma = R R^T, the eigenvalues of sigma1 sigma2 are the squares of the singular values of R1^T R2. So the
-    # trace of its root is the sum of those singular values: the nuclear norm.
+        raise UserError("statistics do not fit together: "
+                        f"{mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
+    # With sigma = R R^T, the eigenvalues of sigma1 sigma2 are the squares of the singular values of
+    # R1^T R2. So the trace of its root is the sum of those singular values: the nuclear norm.
     trace_of_root = np.linalg.norm(square_root(sigma1).T @ square_root(sigma2), "nuc")
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return float(np.maximum(distance, 0))
 
 
 def add_moments(sums, x):
-    """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]: count, sum and products."""
+    """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]."""
     x = F.pad(x.to(sums.device).double(), (1, 0), value=1.0)
     sums.addmm_(x.T, x)
 
@@ -243,12 +248,13 @@ def mean_and_covariance(sums):
     sums = sums.cpu().numpy()
     count = sums[0, 0]
     mean = sums[0, 1:] / count
-    return mean, (sums[1:, 1:] - count * np.outer(mean, mean)) / (count - 1)
+    products = sums[1:, 1:]
+    return mean, (products - count * np.outer(mean, mean)) / (count - 1)
 
 
 def inception_score(logits, split=5000):
-    """Inception Score of logits (N, C) -> (mean, spread) of exp(mean KL(p(y|x) | p(y))) over consecutive splits of
-    `split` images, a short last one counting equally (ADM's evaluator); the spread is their standard deviation."""
+    """Inception Score of logits (N, C) -> (mean, standard deviation) of exp(mean KL(p(y|x) | p(y))) over
+    consecutive splits of `split` images, a short last one counting equally (ADM's evaluator)."""
     entropy = torch.special.entr  # -p log p
     scores = []
     for some in torch.as_tensor(logits).cpu().split(split):
@@ -259,31 +265,33 @@ def inception_score(logits, split=5000):
 
 
 def squared_distances(x, y, slack=0.0):
-    """|x_i - y_j|^2 (N, M) of points x (N, D) and y (M, D), less `slack` times |x_i|^2 + |y_j|^2."""
+    """|x - y|^2 (N, M) of points x (N, D) and y (M, D), less slack * (|x|^2 + |y|^2)."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
 
 
 def squared_radii(x, k, rows):
-    """Squared distances (N,) of points x (N, D) to their k-th neighbours, for so many rows of x at a time."""
+    """Squared distances (N,) of points x (N, D) to their k-th neighbours, by blocks of rows."""
     radii = []
     for some in x.split(rows):
-        nearest = squared_distances(some, x).topk(k + 1, largest=False).values  # the first is the point itself
-        radii.append(nearest[:, -1])
+        nearest = squared_distances(some, x).topk(k + 1, largest=False).values
+        radii.append(nearest[:, -1])  # the first of the k + 1 is the point itself
     return torch.cat(radii)
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and (M, D), arrays
-    or tensors on one device -> (precision, recall): the share of fake points no farther from some real point than that
-    one is from its k-th neighbour in its own set, itself not counted; and the same with the sets exchanged.
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and
+    (M, D), arrays or tensors on one device -> (precision, recall).
 
-    Computed in the features' precision but at least float32 (ADM's evaluator: float16), by blocks of at most 2^25
-    distances; ties within rounding count as inside. ValueError if the widths differ or a set has no k-th neighbour.
+    Precision is the share of fake points that are no farther from some real point than that one is
+    from its k-th real neighbour, itself not counted; recall is the same with the sets exchanged. Ties
+    within rounding count. Computed in at least float32 (ADM's evaluator: float16), by blocks of 2^25
+    distances. ValueError if the widths differ or a set has no k-th neighbour.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"expected more than {k} rows of equal width, not {tuple(real.shape)}, {tuple(fake.shape)}")
+        raise ValueError(f"expected more than {k} rows of equal width, "
+                         f"not {tuple(real.shape)}, {tuple(fake.shape)}")
     real = real.to(torch.promote_types(real.dtype, torch.float32))
     fake = fake.to(torch.promote_types(fake.dtype, torch.float32))
     centre = real.mean(0)  # a common offset would cost the distances digits
@@ -301,8 +309,9 @@ def precision_recall(real, fake, k=3):
 
 
 # ----------------------------------------
-# Images and statistics. A side is a Folder, Pixels or an Archive: `count` images (perhaps 0) of `size` (width, height),
-# of which `read(first, last)` gives some as uint8 (B, 3, height, width), and `statistics`, arrays under ADM's names.
+# Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of
+# `size` (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width); and
+# `statistics`, a dict of arrays under ADM's names.
 
 
 class Folder:
@@ -323,7 +332,8 @@ class Folder:
         for file in self.files[first:last]:
             image = self.image(file)
             if image.size != self.size:
-                raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} (--size N crops all)")
+                raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} "
+                                "(--size N crops all)")
             images.append(np.asarray(image))
         return np.stack(images).transpose(0, 3, 1, 2)
 
@@ -335,9 +345,10 @@ class Pixels:
         self.path, self.statistics = path, {}
         self.pixels = pixels = open_array(f"{path}/latents.npy")
         labels = open_array(f"{path}/labels.npy")
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or labels.shape != pixels.shape[:1]:
-            raise UserError(f"{path}: latents.npy holds {pixels.dtype} {pixels.shape}, not pixels, uint8 (N, 3, H, W), "
-                            "or labels.npy is of another length")
+        uint8_rgb = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3
+        if not uint8_rgb or labels.shape != pixels.shape[:1]:
+            raise UserError(f"{path}: latents.npy holds {pixels.dtype} {pixels.shape}, not pixels, "
+                            "uint8 (N, 3, H, W), or labels.npy is of another length")
         self.rows = np.flatnonzero(labels >= 0)
         self.count, self.size = len(self.rows), (pixels.shape[3], pixels.shape[2])
 
@@ -346,27 +357,26 @@ class Pixels:
 
 
 class Archive:
-    """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; nothing is unpickled. The images are
-    read in order, since np.load cannot memory-map an archive and would hold all of arr_0."""
+    """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; nothing is unpickled.
+    The images are read in order, since np.load would hold all of arr_0 in memory."""
 
     def __init__(self, path):
-        self.path, self.count, self.size, self.statistics = path, 0, None, {}
+        self.path, self.statistics, self.count, self.size = path, {}, 0, None
         with one_line_errors(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
-            for mean, covariance in STATISTICS.values():
-                if mean in archive.files and covariance in archive.files:
-                    self.statistics[mean] = np.asarray_chkfinite(archive[mean], np.float64)
-                    self.statistics[covariance] = np.asarray_chkfinite(archive[covariance], np.float64)
+            for pair in STATISTICS.values():
+                if set(pair) <= set(archive.files):
+                    for name in pair:
+                        self.statistics[name] = np.asarray_chkfinite(archive[name], np.float64)
             if "arr_0" in archive.files:
                 self.open_images()
 
     def open_images(self):
-        """Open arr_0 and note where its pixels begin, and how many images of which size there are."""
         self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
         np.lib.format.read_magic(self.file)
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
-        self.begin = self.file.tell()
+        self.begin = self.file.tell()  # of the first image
         self.count, self.size = shape[0], (shape[2], shape[1])
 
     def read(self, first, last):
@@ -401,16 +411,17 @@ def read_ahead(side, batches):
 
 @torch.inference_mode()
 def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
-    """Run a side's images through the network, split over the ranks -> statistics (under ADM's names), pool features
-    (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
+    """Run a side's images through the network, split over the ranks -> statistics under ADM's names, pool
+    features (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
     device = network.fc.weight.device
-    exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
-    pool_sums = torch.zeros(2049, 2049, **exact)
-    spatial_sums = torch.zeros(2024, 2024, **exact)
+    sums_device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    pool_sums = torch.zeros(2049, 2049, dtype=torch.float64, device=sums_device)
+    spatial_sums = torch.zeros(2024, 2024, dtype=torch.float64, device=sums_device)
     pools = torch.zeros(side.count if keep_pool else 0, 2048, device=device)
     logits = torch.zeros(side.count if keep_logits else 0, 1008, device=device)
     # a rank takes whole batches, so that they are the same for any number of ranks
-    batches = [(first, min(first + batch_size, side.count)) for first in range(0, side.count, batch_size)]
+    firsts = range(0, side.count, batch_size)
+    batches = [(first, min(first + batch_size, side.count)) for first in firsts]
     batches = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     progress = Progress(side.path, side.count, quiet=rank > 0)
     for (first, last), images in zip(batches, read_ahead(side, batches)):
@@ -437,34 +448,27 @@ def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
 
 def parse_flags(argv):
     parser = Parser(prog="fid.py", description=__doc__)
-    parser.add_argument("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, "
-                        "NHWC), statistics mu, sigma, mu_s, sigma_s, or both")
-    parser.add_argument("reference", help="likewise; its statistics serve FID and sFID, its images all else")
-    parser.add_argument("--size", type=number(int, 1), metavar="N", help="crop folders of images as training does")
-    parser.add_argument("--weights", metavar="FILE", help="of Inception (default: downloaded); 'random' for a trial")
-    parser.add_argument("--save", metavar="FILE", help="keep the reference's statistics in this new .npz for next time")
-    parser.add_argument("--batch", type=number(int, 1), default=64, help="images a forward pass and rank (64)")
-    parser.add_argument("--device", choices=["cpu"], help="compute there even if there is a GPU")
+    flag = parser.add_argument
+    flag("samples", help="folder of images, --data folder of pixels, or .npz with images arr_0 (uint8, "
+         "NHWC), statistics mu, sigma, mu_s, sigma_s, or both")
+    flag("reference", help="likewise; its statistics serve FID and sFID, its images all else")
+    flag("--size", type=number(int, 1), metavar="N", help="crop folders of images as training does")
+    flag("--weights", metavar="FILE", help="of Inception (default: downloaded); 'random' for a trial")
+    flag("--save", metavar="FILE", help="keep the reference's statistics in this new .npz for next time")
+    flag("--batch", type=number(int, 1), default=64, help="images a forward pass and rank (64)")
+    flag("--device", choices=["cpu"], help="compute there even if there is a GPU")
     return parser.parse_args(argv)
 
 
-def refuse_existing(save):
-    if os.path.exists(save):
-        raise UserError(f"--save {save}: File exists")
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def check_sides(samples, reference, rank):
+def warn_about(samples, reference):
+    """Print what makes the numbers mislead."""
     for side in (samples, reference):
-        if side.count == 1 or not (side.count or side.statistics):
-            raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
-        if rank == 0 and 0 < side.count < 50_000 and len(side.statistics) < 4:
-            warn(f"{side.path}: with only {side.count:,} images, FID and sFID are too high")
-    if rank == 0 and samples.count and reference.count and samples.size != reference.size:
-        warn(f"images of {samples.size} pixels are compared with images of {reference.size}")
+        if 0 < side.count < 50_000 and len(side.statistics) < 4:
+            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high",
+                  file=sys.stderr)
+    if samples.count and reference.count and samples.size != reference.size:
+        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}",
+              file=sys.stderr)
 
 
 def main(argv=None):
@@ -475,35 +479,40 @@ def main(argv=None):
             open(args.save, "xb").close()
             os.remove(args.save)
     samples, reference = open_side(args.samples, args.size), open_side(args.reference, args.size)
-    check_sides(samples, reference, rank)
-    with_neighbours = min(samples.count, reference.count) > 3 and \
-        max(samples.count, reference.count) <= MOST_NEIGHBOURS
-    weights, pools, logits = None, {}, {}
-    for side in (samples, reference):
-        if not side.count:
-            continue
-        if weights is None:
-            weights = args.weights or fetch(URL, "--weights", "6726825d")
-            network = Inception(weights).to(device)
-        statistics, pools[side], logits[side] = measure(
-            side, network, args.batch, rank, world, keep_pool=with_neighbours, keep_logits=side is samples)
-        side.statistics = statistics | side.statistics  # those of a file win
+    sides = [samples, reference]
+    for side in sides:
+        if side.count == 1 or not (side.count or side.statistics):
+            raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
+    if rank == 0:
+        warn_about(samples, reference)
+    comparable = all(3 < side.count <= MOST_NEIGHBOURS for side in sides)  # by precision and recall
+    weights = None
+    if samples.count or reference.count:
+        weights = args.weights or fetch(URL, "--weights", "6726825d")
+        network = Inception(weights).to(device)
+    pools, logits = {}, {}
+    for side in sides:
+        if side.count:
+            measured, pools[side], logits[side] = measure(
+                side, network, args.batch, rank, world, keep_pool=comparable, keep_logits=side is samples)
+            side.statistics = measured | side.statistics  # those of a file win
     if rank > 0:
         return
 
-    results = dict.fromkeys(NEEDS)
+    results = dict.fromkeys(NEEDS)  # None: it cannot be computed
     for name, (mu, sigma) in STATISTICS.items():
         if mu in samples.statistics and mu in reference.statistics:
             results[name] = frechet_distance(samples.statistics[mu], samples.statistics[sigma],
                                              reference.statistics[mu], reference.statistics[sigma])
     if samples.count:
         results["IS"], results["IS spread"] = inception_score(logits[samples])
-    if with_neighbours:
+    if comparable:
         results["precision"], results["recall"] = precision_recall(pools[reference], pools[samples])
     if weights == "random":
         print("NOT an FID: the weights are random, so such numbers compare only with each other")
     for name, value in results.items():
-        print(f"{name:<9}", f"n/a: needs {NEEDS[name]}" if value is None else f"{value:10.4f}")
+        text = f"n/a: needs {NEEDS[name]}" if value is None else f"{value:10.4f}"
+        print(f"{name:<9} {text}")
     results["weights"] = weights and os.path.basename(weights)
     print(json.dumps(results), flush=True)
     if args.save:

@@ -2,9 +2,9 @@
 
     python sample.py --ckpt out/ckpt.pt --out samples
     torchrun --nproc_per_node=8 sample.py --ckpt out/ckpt.pt --num-samples 50000 --out samples.npz
-    python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --num-samples 8
+    python sample.py --ckpt SiT-XL-2-256.pt --model SiT-XL/2 --cfg 4 --classes 207,360,387,974 --n 8
 
-Sample i depends on --seed and i alone, not on --batch or the number of ranks. An interrupted run continues.
+Sample i depends on --seed and i alone, not on --batch or the ranks. An interrupted run continues.
 In this file: sampling, the VAE of Stable Diffusion, and what the three command lines share.
 """
 import argparse
@@ -49,40 +49,39 @@ def default_dtype(device):
 
 
 def compile_blocks(net, wanted, device):
-    """torch.compile each block by itself, so that one compilation serves all. wanted: None means on GPUs."""
+    """torch.compile each block by itself, so that one compilation serves all; None: on GPUs."""
     if wanted or (wanted is None and device.type == "cuda"):
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block where a bucket of gradients ends
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks in pieces
         for block in net.blocks:
             block.compile(dynamic=False)
 
 
 def load_model(path, name=None):
-    """Checkpoint file -> (network with the EMA weights on the CPU, config that it was trained with).
-
-    A file of train.py holds the config; for a published file, `name` says which of the MODELS it is.
-    """
+    """Checkpoint file -> (network with the EMA weights on the CPU, config of its training).
+    A file of train.py holds the config; for a published file, `name` is the one of MODELS it holds."""
     checkpoint = load_file(path)
     config = checkpoint.get("config")
     if (config is None) == (name is None):  # exactly one of them has to say which model it is
         raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
     if config is None:
-        config = dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
+        objective = DEFAULT_OBJECTIVE[name[:3]]
+        config = dict(model=name, objective=objective, vae="ema", label_dropout=0.1)
     state = weights_in(checkpoint)
     with one_line_errors(path, "DiT or SiT"), torch.device("meta"):
         channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
-        patches_per_side = math.isqrt(state["pos_embed"].shape[1])
+        side = patch_size * math.isqrt(state["pos_embed"].shape[1])
         num_classes = len(state["y_embedder.embedding_table.weight"])
         if config["label_dropout"] > 0:
             num_classes -= 1  # the last label is the null label
-        net = build_model(
-            config["model"], input_size=patch_size * patches_per_side, in_channels=channels, num_classes=num_classes,
-            class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
+        net = build_model(config["model"], input_size=side, in_channels=channels, num_classes=num_classes,
+                          class_dropout_prob=config["label_dropout"],
+                          second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 
 
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
-    """Samples `indices` with these labels (B,) -> list of Pillow images; options go to objective.sample.
+    """Samples `indices` with labels (B,) -> list of Pillow images; options go to objective.sample.
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
 
@@ -110,26 +109,27 @@ def save_grid(images, path, columns=8):
 
 
 def parse_flags(argv):
-    p = Parser(prog="sample.py", description=__doc__)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
-    p.add_argument("--model", choices=MODELS, metavar="NAME", help="of a published file, such as SiT-XL/2")
-    p.add_argument("--n", "--num-samples", type=number(int, 1), default=64, help="(64); not --n under torchrun")
-    p.add_argument("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
-    p.add_argument("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
-    p.add_argument("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
-    p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
-                   metavar=("FROM", "TO"), help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
-    p.add_argument("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
-    p.add_argument("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
-    p.add_argument("--labels", choices=["balanced", "random"], default="balanced",
-                   help="each class in its turn, or drawn at random as in DiT's, SiT's and ADM's scripts (balanced)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
-    p.add_argument("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    p.add_argument("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), file or folder; default: as in training")
-    p.add_argument("--out", default="samples.npz", help="an .npz (arr_0 images, arr_1 labels) or a folder of PNGs")
-    return p.parse_args(argv)
+    parser = Parser(prog="sample.py", description=__doc__)
+    flag = parser.add_argument
+    flag("--ckpt", required=True, metavar="FILE", help="of train.py, or a published DiT or SiT file")
+    flag("--model", choices=MODELS, metavar="NAME", help="of a published file, such as SiT-XL/2")
+    flag("--n", "--num-samples", type=number(int, 1), default=64, help="(64); not --n under torchrun")
+    flag("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
+    flag("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
+    flag("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
+    flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+         help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
+    flag("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
+    flag("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
+    flag("--labels", choices=["balanced", "random"], default="balanced",
+         help="go through the classes in turn, or draw at random as DiT's and ADM's scripts do (balanced)")
+    flag("--seed", type=number(int, 0), default=0)
+    flag("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
+    flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    flag("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), a file or a folder; default: as in training")
+    flag("--out", default="samples.npz", help=".npz (arr_0: images, arr_1: labels) or a folder")
+    return parser.parse_args(argv)
 
 
 def sampler_options(args, net, objective):
@@ -153,11 +153,12 @@ def choose_labels(args, net, config):
     if not set(chosen) <= set(known):
         raise UserError(f"--classes {args.classes}: expected numbers from 0 to {len(known) - 1}")
     classes = [int(label) for label in chosen]
-    if config["label_dropout"] == 1:  # trained without labels, the model has learned the null label alone
+    if config["label_dropout"] == 1:  # without labels, the model has learned the null label alone
         classes = [net.num_classes]
     if args.labels == "balanced":
         return np.resize(classes, args.n)
-    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]  # 1: not those of the noise
+    # the 1 sets these generators apart from those of the noise
+    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]
     return np.array([generator.choice(classes) for generator in generators])
 
 
@@ -168,7 +169,7 @@ def refuse_existing(*paths):
 
 
 def write_result(files, labels, folder, out, grid):
-    """Make of the image files in this folder the archive or the folder `out`, and a grid of the first 64."""
+    """Turn the folder with these image files into `out`, an archive or a folder; draw the grid."""
     shown = [read_image(file) for file in files[:64]]
     if out.suffix == ".npz":  # as ADM's; in memory, 50,000 images of 256 pixels are 10 GB
         pixels = np.empty((len(files), *np.shape(shown[0])), np.uint8)  # (N, H, W, 3)
@@ -177,12 +178,12 @@ def write_result(files, labels, folder, out, grid):
         with atomic(folder / "archive.npz") as file:
             np.savez(file, arr_0=pixels, arr_1=labels)
     refuse_existing(out, grid)
-    save_grid(shown, grid)  # before `out`: killed here, the same command goes on once the grid is moved away
+    save_grid(shown, grid)  # before `out`: a run killed here goes on once the grid is moved away
     if out.suffix == ".npz":
         os.rename(folder / "archive.npz", out)
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        for path in set(folder.iterdir()) - set(files):  # the lock, and what a run with a larger --n left
+        for path in set(folder.iterdir()) - set(files):  # the lock, and images of a larger --n
             path.unlink()
         os.rename(folder, out)
 
@@ -206,8 +207,8 @@ def main(argv=None):
         modules.append(vae)
         decode = vae.decode
 
-    # Every image is a file in a folder whose name stands for all that an image depends on: so an interrupted
-    # run continues, and images that were made differently never mix.
+    # Every image is a file in a folder whose name stands for all that an image depends on.
+    # So an interrupted run continues, and images that were made differently never mix.
     made_of = dict(options, seed=args.seed, classes=args.classes, labels=args.labels, dtype=dtype,
                    objective=config["objective"], shape=shape, weights=fingerprint(*modules))
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
@@ -227,8 +228,8 @@ def main(argv=None):
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
-        images = generate(net, objective, shape, torch.from_numpy(labels[indices]), indices, args.seed, device,
-                          dtype, decode, **options)
+        y = torch.from_numpy(labels[indices])
+        images = generate(net, objective, shape, y, indices, args.seed, device, dtype, decode, **options)
         for i, image in zip(indices, images):
             with atomic(files[i]) as file:
                 image.save(file, "PNG", compress_level=1)
@@ -241,7 +242,7 @@ def main(argv=None):
 
 
 # ----------------------------------------
-# The VAE of Stable Diffusion, its tensors named as in diffusers' AutoencoderKL, so that the published files fit
+# The VAE of Stable Diffusion; its tensors have the names of diffusers, so that published files fit
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels, about 4 GB in float32
@@ -286,7 +287,7 @@ class Middle(nn.Module):
 
 
 def stage(cin, cout, depth, change=None):
-    """`depth` resnets at one resolution, then half of it (zeros on the right and below only) or twice."""
+    """`depth` resnets at one resolution, then half of it (zeros at right and below) or twice."""
     layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout)))
     for _ in range(depth - 1):
         layers["resnets"].append(Resnet(cout, cout))
@@ -300,12 +301,12 @@ def stage(cin, cout, depth, change=None):
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's autoencoder of images (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8), frozen.
+    """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8).
 
     weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded
-    once; else a file's path, or that of a folder of diffusers (save_pretrained). UserError for a file that
-    cannot be had or read or does not fit. Matches diffusers' AutoencoderKL (autoencoder_kl.py), in float32, or
-    in bf16 under the caller's autocast; float16 overflows in VAEs of this family.
+    once; else a file, or a folder of diffusers (save_pretrained). UserError for what cannot be had or read
+    or does not fit. Matches diffusers' AutoencoderKL (autoencoder_kl.py), in float32, or in bf16 under the
+    caller's autocast; float16 overflows in VAEs of this family.
     """
 
     def __init__(self, weights=None):
@@ -314,9 +315,11 @@ class VAE(nn.Module):
             conv_in=conv3x3(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512), conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
+            mid_block=Middle(512),
+            conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
         self.decoder = nn.Sequential(OrderedDict(
-            conv_in=conv3x3(4, 512), mid_block=Middle(512),
+            conv_in=conv3x3(4, 512),
+            mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
             conv_norm_out=group_norm(128), silu=nn.SiLU(), conv_out=conv3x3(128, 3)))
@@ -326,8 +329,9 @@ class VAE(nn.Module):
             return
         path = vae_file(weights)
         state = load_file(path)
-        # older files name the attention's layers otherwise, and have 1x1 convolutions where today's are linear
-        for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        # older files name the attention's layers otherwise, which are 1x1 convolutions there
+        spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        for old, new in spellings.items():
             state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
         for name in state:
             if ".attentions." in name:
@@ -335,7 +339,7 @@ class VAE(nn.Module):
         load_weights(self, state, path)
 
     def encode(self, x):
-        """Images -> (mean, std) of the posterior, times 0.18215; never in bf16, for latents are to be kept."""
+        """Images -> (mean, std) of the posterior, times 0.18215; in float32, for latents are kept."""
         moments = []
         with torch.autocast(x.device.type, enabled=False):
             for images in x.split(max(1, SLICE_PIXELS // x[0, 0].numel())):
@@ -344,11 +348,11 @@ class VAE(nn.Module):
         return LATENT_SCALE * mean, LATENT_SCALE * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def decode(self, z):
-        """Latents, scaled as `encode` does, -> images, which may over- and undershoot [-1, 1] a little."""
+        """Latents, scaled as `encode` does, -> images, which may exceed [-1, 1] a little."""
         images = []
         for latents in (z / LATENT_SCALE).split(max(1, SLICE_PIXELS // (64 * z[0, 0].numel()))):
-            h = self.decoder[:-3](self.post_quant_conv(latents))  # all but the last norm, SiLU and convolution
-            with torch.autocast(z.device.type, enabled=False):  # in bf16, pixels would be off by 0.25 of 255
+            h = self.decoder[:-3](self.post_quant_conv(latents))  # all but norm, SiLU and conv_out
+            with torch.autocast(z.device.type, enabled=False):  # bf16 pixels are off by 0.25 of 255
                 images.append(self.decoder[-3:](h.float()))
         return torch.cat(images)
 
@@ -361,11 +365,11 @@ def vae_file(weights):
         return fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
     places = [Path(weights)]
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        places += [Path(weights, name), Path(weights, "vae", name)]  # a VAE's folder, or a whole pipeline's
+        places += [Path(weights, name), Path(weights, "vae", name)]  # of a VAE, or of a pipeline
     for path in places:
         if path.is_file():
             return path
-    raise UserError(f"{weights}: no such file, nor a folder with {name}: name the VAE's weights with --vae FILE")
+    raise UserError(f"{weights}: No such file, nor a folder with {name}: name the VAE with --vae FILE")
 
 
 # ----------------------------------------
@@ -403,8 +407,10 @@ def number(kind, low, high=math.inf):
 
 
 def run(main, argv=None):
-    """Call main(argv): a UserError becomes one line on stderr and exit code 2; other errors are raised.
-    When a rank exits, torchrun ends the others: so all but the one that is to speak wait a little for that."""
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2.
+
+    torchrun ends all ranks once one has exited. So a rank that waits leaves it to others to speak.
+    """
     rank = int(os.environ.get("RANK", 0))
     try:
         main(argv)
@@ -417,21 +423,21 @@ def run(main, argv=None):
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 130)
     except RuntimeError:
-        if "RANK" in os.environ:  # perhaps the connection to a rank that has spoken and exited
-            time.sleep(10)
+        if "RANK" in os.environ:
+            time.sleep(10)  # perhaps the connection to a rank that has exited, and has said why
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def start(device=None):
-    """Pick CUDA, else MPS, else CPU; join torchrun's process group -> (rank, number of ranks, device)."""
+    """Pick CUDA, else MPS, else CPU; join torchrun's group -> (rank, number of ranks, device)."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     alone = "RANK" not in os.environ
     if device is None and torch.cuda.is_available():
         device = f"cuda:{local_rank}"
-    if device is None and torch.backends.mps.is_available() and alone:  # MPS cannot exchange tensors
-        device = "mps"
+    if device is None and alone and torch.backends.mps.is_available():
+        device = "mps"  # only alone, since MPS cannot exchange tensors
     device = torch.device(device or "cpu")
     gpu = device.type == "cuda"
     if gpu:
@@ -440,14 +446,15 @@ def start(device=None):
         torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
-    # torchrun keeps one store for all its attempts: a restarted rank would read where the dead ones listened
-    # (PyTorch issue 135712). Nodes count their attempts separately, so this works for a job on one node only.
+    # torchrun keeps one store for all its attempts, and a restarted rank would read where dead ones
+    # listened (PyTorch issue 135712). Nodes count their attempts separately: this works on one node.
     one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
-                            timeout=timedelta(hours=12),  # as when others wait for one that writes a large file
-                            rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
+        timeout=timedelta(hours=12),  # as when others wait for one that writes a large file
+        rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
 
@@ -457,7 +464,7 @@ def barrier():
 
 
 class Progress:
-    """Count images: a line that refreshes itself on a terminal, a plain line every 20 seconds in a log."""
+    """Count images: a line that refreshes itself on a terminal, one every 20 seconds in a log."""
 
     def __init__(self, what, total, quiet=False):
         self.what, self.total, self.quiet, self.done = what, total, quiet, 0
@@ -480,18 +487,21 @@ class Progress:
 
 @contextlib.contextmanager
 def one_line_errors(path, what=None):
-    """An error of the file system becomes a UserError that names this path. Where a file of the kind `what`
-    is read, whatever its decoder raises becomes an UnreadableFile."""
+    """An error of the file system becomes a UserError that names this path.
+    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile."""
     try:
         yield
     except Exception as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the disk's
+        cause = error
+        if isinstance(error, RuntimeError):
+            cause = error.__context__  # torch.save hides the disk's error behind its own
         if getattr(cause, "errno", None):  # decoders raise OSErrors, too, but without a number
             raise UserError(f"{path}: {cause.strerror}") from None
         if what is None:
             raise
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on to tell how to run a hostile file
-        raise UnreadableFile(f"{path}: not a readable {what} ({reason or type(error).__name__})") from None
+        # torch's second sentence tells how to run a hostile file
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UnreadableFile(f"{path}: not a readable {what} ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -511,7 +521,7 @@ def atomic(path):
 
 
 def lock(folder):
-    """Make a folder, unless it exists, and lock it until the returned file is closed or this process ends."""
+    """Make a folder if need be; lock it until the returned file is closed or this process ends."""
     with one_line_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -523,7 +533,7 @@ def lock(folder):
 
 
 def fetch(url, flag, sha256=None, name=None):
-    """Path of a published file in torch's hub cache; downloaded once per node, its SHA-256 (or a prefix) checked."""
+    """Path of a file in torch's hub cache, downloaded once per node. sha256 may be a prefix."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[-1])
     if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"downloading {url} to {path}", file=sys.stderr)
@@ -531,14 +541,15 @@ def fetch(url, flag, sha256=None, name=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"cannot download {url} ({error}): put the file at {path}, or name it with {flag} FILE")
+            raise UserError(f"cannot download {url} ({error}): "
+                            f"put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
 
 
 def load_file(path):
-    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for code in a pickle.
-    Rank 0 compares a torch file's checksums; .safetensors files and those from before torch 1.6 have none."""
+    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for pickled code.
+    Rank 0 compares checksums, which .safetensors files and those from before torch 1.6 do not have."""
     with one_line_errors(path, "weights file"):
         zipped = zipfile.is_zipfile(path)
         if zipped and os.environ.get("RANK", "0") == "0":
@@ -548,7 +559,7 @@ def load_file(path):
         if Path(path).suffix == ".safetensors":
             state = load_safetensors(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the flags in published files
+            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         for name, tensor in weights_in(state).items():
             if not isinstance(name, str) or not torch.is_tensor(tensor):
@@ -557,27 +568,27 @@ def load_file(path):
 
 
 def load_safetensors(path):
-    """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON, {name:
-    {dtype, shape, data_offsets}}), and the tensors' bytes, which begin and end at the offsets."""
+    """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON,
+    {name: {dtype, shape, data_offsets}}), and the tensors' bytes, in which the offsets count."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = bytearray(file.read())
+        data = memoryview(bytearray(file.read()))
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        begin = entry["data_offsets"][0]
-        flat = torch.frombuffer(data, dtype=dtypes[entry["dtype"]], offset=begin, count=math.prod(entry["shape"]))
+        begin, end = entry["data_offsets"]
+        flat = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
         header[name] = flat.reshape(entry["shape"])
     return header
 
 
 def weights_in(checkpoint):
-    """The EMA of a checkpoint of train.py; a published file's state dict, bare or under "ema" or "model"."""
+    """A checkpoint's EMA, or a published file's state dict, bare or under "ema" or "model"."""
     return checkpoint.get("ema", checkpoint.get("model", checkpoint))
 
 
 def load_weights(module, state, path, assign=False):
-    """Load a state dict; UserError names the first tensor that is missing, unexpected or misshapen."""
+    """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
     expected = module.state_dict()
     for name in sorted(state.keys() | expected.keys()):
         found = tuple(state[name].shape) if name in state else "nothing"
@@ -588,7 +599,7 @@ def load_weights(module, state, path, assign=False):
 
 
 def fingerprint(*modules):
-    """Hex SHA-256 of the modules' tensors: the same weights give the same, whatever file they came from."""
+    """Hex SHA-256 of the modules' tensors: the same for the same weights from another file."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -610,7 +621,7 @@ def open_array(path):
 
 
 def list_images(folder):
-    """Sorted paths of the images in a folder and below, by Pillow's file extensions; hidden ones are left out.
+    """Sorted paths of the images in a folder and below, by file extension, without hidden ones.
     Links are followed, but a folder that is reached several times counts once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
@@ -623,26 +634,28 @@ def list_images(folder):
             continue
         seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        paths += [Path(root, name) for name in files if name[0] != "." and Path(name).suffix.lower() in known]
+        for name in files:
+            if name[0] != "." and Path(name).suffix.lower() in known:
+                paths.append(Path(root, name))
     if not paths:
         raise UserError(f"{folder}: no image files in this folder")
     return sorted(paths, key=str)
 
 
 def read_image(path):
-    """One image file as RGB; UnreadableFile for what is damaged, no image, or a decompression bomb. As in ADM,
-    transparency and a rotation noted in EXIF are ignored. Floats, whose range nobody knows, are unreadable."""
+    """One image file as RGB; UnreadableFile for what is damaged, no image or a decompression bomb.
+    As in ADM, transparency and a rotation noted in EXIF are ignored. Floats have no known range."""
     with one_line_errors(path, "image"), Image.open(path) as image:
         if image.mode == "F":
             raise ValueError("its pixels are floats")
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255, not divide it by 257
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255
             grey = np.round(np.asarray(image) / 257).clip(0, 255)
             image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
 
 
 def center_crop(image, size):
-    """ADM's crop: halve by box filter while the short side is at least 2*size, bicubic to size, the centre."""
+    """ADM's crop: halve (box filter) while twice the size or more, bicubic to size, the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)

@@ -1454,6 +1454,12 @@ def test_samples_depend_on_seed_and_index_alone(ckpts, sampling, tmp_path, monke
     image = np.asarray(Image.open(tmp_path / "pngs" / "000005.png")).astype(int)  # its label is 1 here, too
     assert np.abs(image - one["arr_0"][5]).max() <= 1
 
+    def labels(seed, n):  # random ones, uniform over the classes
+        args = argparse.Namespace(labels="random", classes="1,3", n=n, seed=seed)
+        return sample.choose_labels(args, mock.Mock(num_classes=5), dict(label_dropout=0.1)).tolist()
+    assert labels(0, 99)[:50] == labels(0, 50) != labels(1, 50)
+    assert set(labels(0, 99)) == {1, 3} and 400 < labels(2, 1000).count(3) < 600
+
 
 @pytest.mark.parametrize("suffix", [".npz", ""])
 def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch):
@@ -1490,7 +1496,8 @@ def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_
     other["ema"]["blocks.7.mlp.fc2.bias"][-1] += 1e-6
     torch.save(other, tmp_path / "other.pt")
     different = [[], ["--seed", 1], ["--steps", 3], ["--method", "euler"], ["--cfg", 2], ["--cfg-interval", 0, 0.5],
-                 ["--cfg-channels", 1], ["--classes", "1"], ["--dtype", "bf16"], ["--ckpt", tmp_path / "other.pt"]]
+                 ["--cfg-channels", 1], ["--classes", "1"], ["--dtype", "bf16"], ["--labels", "random"],
+                 ["--ckpt", tmp_path / "other.pt"]]
     for flags in [*different, ["--n", 9], ["--batch", 9]]:
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             interrupt(patch, sample, "generate", 1)
@@ -1637,10 +1644,18 @@ def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path, monkeypat
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in old
     torch.save(old, tmp_path / "old.bin")
     write_safetensors(tmp_path / "new.safetensors", state)
+    for file, folder in (("new.safetensors", "vae"), ("old.bin", "pipeline/vae")):  # as diffusers writes them
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(tmp_path / file, tmp_path / folder / f"diffusion_pytorch_model{Path(file).suffix}")
     monkeypatch.setattr(sample, "load_weights", lambda module, state, path: loaded.append(state))
     for path in tmp_path.iterdir():
         sample.VAE(path)
-    assert same(loaded, [state, state])
+    assert same(loaded, [state] * 4)
+    with pytest.raises(UserError, match="moved.bin: No such file.* --vae FILE"):
+        sample.VAE("moved.bin")
+    loaded.append({**state, "decoder.mid_block.attentions.0.to_q.bias": torch.ones(512).bfloat16()})
+    prints = [sample.fingerprint(mock.Mock(state_dict=lambda: state)) for state in loaded]
+    assert [known == prints[0] for known in prints] == [True] * 4 + [False]
 
 
 def test_published_vaes_are_fetched_under_names_of_their_own_and_failure_names_file_url_and_flag(tmp_path, monkeypatch):
@@ -1690,7 +1705,7 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
     assert Path("owned").exists()  # the trap works
 
 
-def test_only_what_the_user_can_mend_is_caught(capsys):
+def test_only_what_the_user_can_mend_is_caught(ckpts, tmp_path, monkeypatch, capsys):
     for error, code in ((UserError("two\nlines"), 2), (KeyboardInterrupt(), 130), (OSError("bug"), None)):
         def main(argv=None):
             raise error
@@ -1698,6 +1713,9 @@ def test_only_what_the_user_can_mend_is_caught(capsys):
             sample.run(main, [])
         assert code is None or stop.value.code == code
         assert capsys.readouterr().err.count("\n") == (code is not None)
+    monkeypatch.chdir(tmp_path)  # rank 0 cannot make this folder; rank 1, which loses it, waits before it raises
+    assert ends(launch("--ckpt", ckpts["flow"][0], "--out", "/proc/x/y", main=sample.main, ranks=2)) == [2, 1]
+    assert Path("log0").read_text().count("\n") == 1 and Path("log1").read_text().startswith("sleeps\n")
 
 
 def test_images_of_any_format_are_rgb_and_16_bit_grey_keeps_its_contents(tmp_path):
@@ -1866,7 +1884,9 @@ def test_precision_and_recall():
 
 
 def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, capsys):
-    run_fid([sides / "a", sides / "b", "--save", tmp_path / "stats.npz"])
+    with mock.patch.object(fid, "measure", wraps=fid.measure) as measure:
+        run_fid([sides / "a", sides / "b", "--save", tmp_path / "stats.npz"])
+    assert [call.kwargs["keep_logits"] for call in measure.call_args_list] == [True, False]
     out, err = capsys.readouterr()
     folders = json.loads(out.splitlines()[-1])
     assert "NOT an FID" in out and "only 5 images" in err and folders.pop("weights") == "random"
@@ -1888,6 +1908,8 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
     # as in ADM's archives, statistics win over images, and a missing pair is computed
     with np.load(tmp_path / "stats.npz") as stats:
         np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=stats["sigma"])
+        np.savez(tmp_path / "pair.npz", mu=stats["mu"], sigma=stats["sigma"])  # like adm_in256_stats.npz and JiT's
+    assert numbers_of(capsys, data, tmp_path / "pair.npz") == saved | {"sFID": None}
     both = numbers_of(capsys, sides / "a.npz", tmp_path / "both.npz")
     assert both["FID"] > 1000 and both["sFID"] == pytest.approx(folders["sFID"], rel=1e-5)
     assert both["precision"] == folders["precision"]
@@ -1904,6 +1926,9 @@ def test_two_ranks_give_the_result_of_one(sides, tmp_path, capsys, monkeypatch):
     assert ends(launch(sides / "a.npz", sides / "b", *FID_FLAGS, main=fid.main, ranks=2)) == [0, 0]
     two = json.loads(Path("log0").read_text().splitlines()[-1].replace('"random"', "0"))
     assert two == pytest.approx(one, rel=1e-6) and "FID" not in Path("log1").read_text()
+    batches = zip(range(9), range(9))  # few of them are read ahead, and all in order
+    ahead = fid.read_ahead(mock.Mock(read=lambda first, last: first), batches)
+    assert next(ahead) == 0 and next(batches) == (2, 2) and list(ahead) == [1, *range(3, 9)]
 
 
 def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp_path, capsys):
