@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KINDS = ("infonce", "cosine", "hinge", "covariance")
 
-
 def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     """Push the representations of a batch apart (Wang & He 2025, arXiv 2506.09027, table 1).
 
@@ -39,7 +38,6 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         return mean_off_diagonal(gram(z).square(), variances)
     return repulsion(pairwise_distances(z, kind, group), kind, tau, margin)
 
-
 def pairwise_distances(z, kind="infonce", group=None):
     """D, as dispersive_loss defines it, of all pairs in the groups of z: (B, ...) -> (groups, n, n)."""
     z = split_groups(z, group)  # (groups, n, dim)
@@ -55,13 +53,11 @@ def pairwise_distances(z, kind="infonce", group=None):
     itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
     return D.clamp(min=0).masked_fill(itself, 0)  # no distance is below zero, but rounding may be
 
-
 def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
     """The dispersive loss of distances D (groups, n, n), for every kind but "covariance"."""
     if kind == "hinge":
         return (margin - D).relu().square().mean()
     return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D[0].numel())
-
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
     """The contrastive counterparts of dispersive_loss; z_pos is a second view of every sample.
@@ -89,7 +85,6 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
         return positive.square().mean() + (margin - D).relu().square().mean()
     return (positive / tau + (-D / tau).logsumexp(-1)).mean()
 
-
 def repa_loss(h, target):
     """REPA (Yu et al. 2024, arXiv 2410.06940): minus the mean cosine of tokens and features, (B, T, D)."""
     if h.shape != target.shape:
@@ -97,13 +92,11 @@ def repa_loss(h, target):
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     return -torch.nn.functional.cosine_similarity(h, target.to(h.dtype), dim=-1).mean()
 
-
 def repa_projector(dim, feature_dim, width=2048):
     """REPA's trained map from the tokens of a block (..., dim) to features (..., feature_dim)."""
     return torch.nn.Sequential(torch.nn.Linear(dim, width), torch.nn.SiLU(),
                                torch.nn.Linear(width, width), torch.nn.SiLU(),
                                torch.nn.Linear(width, feature_dim))
-
 
 def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     """Smallest possible value of dispersive_loss for n samples. InfoNCE gets close to it early."""
@@ -112,14 +105,12 @@ def dispersive_floor(kind, n, tau=0.5, margin=1.0):
             "hinge": margin ** 2 / n,
             "covariance": 1 / (n - 1)}[kind]  # about, if dim >> n; random features reach it
 
-
 @torch.no_grad()
 def mean_distance(z, group=None):
     """Mean of |z_i - z_j|^2 / dim over pairs i != j in the groups of z (B, ...), a scalar."""
     D = pairwise_distances(z, group=group)
     n = D.shape[-1]
     return D.mean() * n / (n - 1)  # the mean includes the n zeros of i = j
-
 
 @torch.no_grad()
 def effective_rank(z, group=None):
@@ -131,11 +122,9 @@ def effective_rank(z, group=None):
     total = eigenvalues.sum(-1, keepdim=True).clamp(min=tiny)
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
-
 def check_known(name, what, known):
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
-
 
 def split_groups(z, group):
     """(B, ...) -> (groups, n, dim), in at least float32."""
@@ -145,7 +134,6 @@ def split_groups(z, group):
     if len(z) % n:
         raise ValueError(f"cannot split activations {tuple(z.shape)} into groups of {n} samples")
     return z.reshape(len(z) // n, n, -1).to(torch.promote_types(z.dtype, torch.float32))
-
 
 def gram(z):
     """Inner products of the samples within every group, (groups, n, dim) -> (groups, n, n)."""
@@ -161,18 +149,15 @@ def gram(z):
     nan = change.pow(1.5)  # adds zero to the gradient, and turns wrong second derivatives into NaN
     return half.detach() + change + change.mT + nan
 
-
 def diagonal_of(x):
     """(groups, n, n) -> (groups, n). torch 2.13 on CPUs may compile Tensor.diagonal's gradient wrongly."""
     return (x * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).sum(-1)
-
 
 def standardize(z):
     """Zero mean and unit population variance over the group; constant features become zero."""
     z = z - z[..., :1, :].detach()  # a constant feature becomes exactly zero; its mean may not
     z = z - z.mean(-2, keepdim=True)
     return z * (z.square().mean(-2, keepdim=True) + 1e-20).rsqrt()
-
 
 def mean_off_diagonal(products, diagonal):
     """mean_{m != n} C_mn^2, a scalar, of correlations C = a^T b / n between standardised a and b.
@@ -186,10 +171,8 @@ def mean_off_diagonal(products, diagonal):
     everything = products.sum((-2, -1)) / n ** 2  # (groups,)
     return ((everything - diagonal.square().sum(-1)) / (dim * (dim - 1))).mean()
 
-
 # ----------------------------------------
 # Transformer. Parameter names and initialisation are those of the published DiT and SiT.
-
 
 class TimestepEmbedder(nn.Module):
     """Times or step numbers (B,) -> (B, dim): sinusoids of 128 frequencies, then a small network."""
@@ -204,7 +187,6 @@ class TimestepEmbedder(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
-
 class PatchEmbedder(nn.Module):
     """Images (B, C, H, W) -> tokens (B, T, dim), one for each patch, row by row."""
 
@@ -216,7 +198,6 @@ class PatchEmbedder(nn.Module):
         x = self.proj(x).flatten(2).transpose(1, 2)
         return x.contiguous()  # in memory, too: else every layer norm copies its input
 
-
 class LabelEmbedder(nn.Module):
     def __init__(self, labels, dim):
         super().__init__()
@@ -225,14 +206,12 @@ class LabelEmbedder(nn.Module):
     def forward(self, y):
         return self.embedding_table(y)
 
-
 def position_embedding(dim, side):
     """Fixed sinusoids for side x side tokens, (1, side*side, dim): columns first, then rows."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], -1).float()  # (side, dim/2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], -1)[None]
-
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
@@ -248,7 +227,6 @@ class Attention(nn.Module):
         x = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-
 class Mlp(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
@@ -257,7 +235,6 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
-
 
 class Block(nn.Module):
     """Transformer block with adaptive layer norm: c shifts, scales and gates both branches."""
@@ -275,7 +252,6 @@ class Block(nn.Module):
         x = x + gate1 * self.attn(self.norm(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
 
-
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
@@ -286,7 +262,6 @@ class FinalLayer(nn.Module):
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, -1)
         return self.linear(self.norm(x) * (1 + scale) + shift)
-
 
 class DiT(nn.Module):
     """The transformer of DiT and SiT (Peebles & Xie 2023, arXiv 2212.09748): predicts noise or velocity.
@@ -370,7 +345,6 @@ class DiT(nn.Module):
             if not 1 <= number <= len(self.blocks):
                 raise ValueError(f"block {number}: expected a number from 1 to {len(self.blocks)}")
 
-
 SIZES = {  # XS is ours, for small experiments
     "XS": dict(hidden_size=256, depth=8, num_heads=4),
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -383,27 +357,22 @@ for size, shape in SIZES.items():
         MODELS[f"SiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
         MODELS[f"DiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
 
-
 def build_model(name, **overrides):
     """A DiT of one of the MODELS, with any of DiT's arguments overridden."""
     check_known(name, "model", MODELS)
     return DiT(**dict(MODELS[name], **overrides))
 
-
 # ----------------------------------------
 # Objectives: what to regress in training, and how to integrate it in sampling.
-
 
 def per_sample(error):
     """Mean over everything but the batch, in at least float32: (B, ...) -> (B,)."""
     return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).mean(1)
 
-
 def null_labels(model, y):
     if not model.has_null_label:
         raise ValueError("guidance needs the null label: set the model's class_dropout_prob above 0")
     return torch.full_like(y, model.num_classes)
-
 
 def guided(model, x, t, y, scale, channels):
     """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond).
@@ -419,12 +388,10 @@ def guided(model, x, t, y, scale, channels):
     mixed = uncond + scale * (cond - uncond)
     return torch.cat([mixed[:, :channels], cond[:, channels:]], 1)
 
-
 def check_sampling(objective, noise, method, cfg_channels=None):
     check_known(method, "method", objective.methods)
     if cfg_channels is not None and not 1 <= cfg_channels <= noise.shape[1]:
         raise ValueError(f"cfg_channels {cfg_channels}: expected a number from 1 to {noise.shape[1]}")
-
 
 class FlowMatching:
     """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity from noise to data."""
@@ -481,7 +448,6 @@ class FlowMatching:
                 x = x + math.sqrt(2 * (1 - t) * dt) * step_noise
         return x
 
-
 def chain_constants(abar, device):
     """Constants of n noising steps, (n, 1, 1, 1) each; abar (n,): the signal's variance after a step."""
     abar = abar.view(-1, 1, 1, 1)
@@ -495,7 +461,6 @@ def chain_constants(abar, device):
                      log_variance=variance.log(), log_beta=beta.log())
     return {name: value.float().to(device) for name, value in constants.items()}
 
-
 def posterior(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
 
@@ -505,11 +470,9 @@ def posterior(chain, k, x_t, eps, v):
     low, high = chain["log_variance"][k], chain["log_beta"][k]
     return mean, low + (v + 1) / 2 * (high - low)
 
-
 def normal_cdf(x):
     """The tanh approximation of the standard normal's distribution function."""
     return 0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))
-
 
 def discretized_log_likelihood(x, mean, log_std):
     """Log-probability of 8-bit levels x in [-1, 1] under a normal: bins of 2/255, the outer ones open."""
@@ -518,12 +481,10 @@ def discretized_log_likelihood(x, mean, log_std):
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
 
-
 def euler_in_sigma(x, eps, sigma, next_sigma):
     """Euler's step of d(x / sqrt(abar)) / d sigma = eps, where sigma = sqrt((1 - abar) / abar)."""
     scaled = x * math.hypot(1, sigma)  # x / sqrt(abar)
     return (scaled + (next_sigma - sigma) * eps) / math.hypot(1, next_sigma)
-
 
 class GaussianDiffusion:
     """DiT: regress the noise of 1000 noising steps, and learn the variance of the reverse steps.
@@ -625,7 +586,6 @@ class GaussianDiffusion:
                     eps = (eps + next_eps) / 2
                 x = euler_in_sigma(x, eps, sigma[k], next_sigma)
         return x
-
 
 class MeanFlow:
     """Regress the average velocity u(x_t, t, r) from time t to a later r: x_r = x_t + (r - t) * u.

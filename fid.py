@@ -37,7 +37,6 @@ NEEDS = {  # the metrics, in the order of printing, and what they are computed f
 # ----------------------------------------
 # The network
 
-
 def resize_tf1(x, size=299):
     """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is read at i * H / size."""
     for dim in (2, 3):
@@ -50,7 +49,6 @@ def resize_tf1(x, size=299):
         x = torch.lerp(x.index_select(dim, low).float(), x.index_select(dim, high).float(), weight)
     return x
 
-
 class Conv(nn.Module):
     """Convolution, batch norm, ReLU. With stride 1 the map keeps its size (if padded)."""
 
@@ -62,7 +60,6 @@ class Conv(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
-
 
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
@@ -88,7 +85,6 @@ BLOCKS = {
         "3x3": [(192, 1, 1), (320, 3, 3)],
         "7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
         "_pool": []}}
-
 
 class Mixed(nn.Module):
     """An Inception block: the branches of BLOCKS[kind], whose outputs are concatenated.
@@ -119,7 +115,6 @@ class Mixed(nn.Module):
             outputs.append(h)
         return torch.cat(outputs, dim=1)
 
-
 class LastMixed(nn.Module):
     """The block at 8 x 8, where two branches fork at their end."""
 
@@ -142,7 +137,6 @@ class LastMixed(nn.Module):
         return torch.cat([
             self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h),
             self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))], 1)
-
 
 class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
@@ -209,16 +203,13 @@ class Inception(nn.Module):
             pool = x.mean((2, 3))  # (B, 2048)
             return pool, spatial.permute(0, 2, 3, 1).flatten(1), pool @ self.fc.weight.T
 
-
 # ----------------------------------------
 # The metrics
-
 
 def square_root(sigma):
     """R (D, rank) with R R^T = sigma, by LAPACK's pivoted Cholesky factorisation."""
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
     return np.tril(factor)[np.argsort(pivots), :rank]
-
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
@@ -236,12 +227,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return float(np.maximum(distance, 0))
 
-
 def add_moments(sums, x):
     """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]."""
     x = F.pad(x.to(sums.device).double(), (1, 0), value=1.0)
     sums.addmm_(x.T, x)
-
 
 def mean_and_covariance(sums):
     """Sums of `add_moments` -> mean (D,) and unbiased covariance (D, D), float64 NumPy arrays."""
@@ -250,7 +239,6 @@ def mean_and_covariance(sums):
     mean = sums[0, 1:] / count
     products = sums[1:, 1:]
     return mean, (products - count * np.outer(mean, mean)) / (count - 1)
-
 
 def inception_score(logits, split=5000):
     """Inception Score of logits (N, C) -> (mean, standard deviation) of exp(mean KL(p(y|x) | p(y))) over
@@ -263,12 +251,10 @@ def inception_score(logits, split=5000):
         scores.append(mean_kl.exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
-
 def squared_distances(x, y, slack=0.0):
     """|x - y|^2 (N, M) of points x (N, D) and y (M, D), less slack * (|x|^2 + |y|^2)."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
-
 
 def squared_radii(x, k, rows):
     """Squared distances (N,) of points x (N, D) to their k-th neighbours, by blocks of rows."""
@@ -277,7 +263,6 @@ def squared_radii(x, k, rows):
         nearest = squared_distances(some, x).topk(k + 1, largest=False).values
         radii.append(nearest[:, -1])  # the first of the k + 1 is the point itself
     return torch.cat(radii)
-
 
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and
@@ -307,12 +292,10 @@ def precision_recall(real, fake, k=3):
         recalled |= (distances <= fake_radii[first:first + rows, None]).any(0)
     return precise / len(fake), recalled.sum().item() / len(real)
 
-
 # ----------------------------------------
 # Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of
 # `size` (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width); and
 # `statistics`, a dict of arrays under ADM's names.
-
 
 class Folder:
     """A folder of image files, cropped to `crop` x `crop` as in training, or else of one size."""
@@ -337,7 +320,6 @@ class Folder:
             images.append(np.asarray(image))
         return np.stack(images).transpose(0, 3, 1, 2)
 
-
 class Pixels:
     """A --data folder of train.py that holds pixels; rows with label -1 are left out."""
 
@@ -354,7 +336,6 @@ class Pixels:
 
     def read(self, first, last):
         return self.pixels[self.rows[first:last]]
-
 
 class Archive:
     """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; nothing is unpickled.
@@ -386,12 +367,10 @@ class Archive:
             content = bytearray(self.file.read(math.prod(shape)))
             return np.frombuffer(content, np.uint8).reshape(shape).transpose(0, 3, 1, 2)
 
-
 def open_side(path, crop):
     if os.path.exists(f"{path}/latents.npy"):
         return Pixels(path)
     return Folder(path, crop) if os.path.isdir(path) else Archive(path)
-
 
 def read_ahead(side, batches):
     """Yield side.read(first, last) of every batch in order, while threads read the next ones."""
@@ -407,7 +386,6 @@ def read_ahead(side, batches):
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
-
 
 @torch.inference_mode()
 def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
@@ -441,10 +419,8 @@ def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
     mu_s, sigma_s = mean_and_covariance(spatial_sums)
     return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s), pools, logits
 
-
 # ----------------------------------------
 # The command line
-
 
 def parse_flags(argv):
     parser = Parser(prog="fid.py", description=__doc__)
@@ -459,7 +435,6 @@ def parse_flags(argv):
     flag("--device", choices=["cpu"], help="compute there even if there is a GPU")
     return parser.parse_args(argv)
 
-
 def warn_about(samples, reference):
     """Print what makes the numbers mislead."""
     for side in (samples, reference):
@@ -469,7 +444,6 @@ def warn_about(samples, reference):
     if samples.count and reference.count and samples.size != reference.size:
         print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}",
               file=sys.stderr)
-
 
 def main(argv=None):
     args = parse_flags(argv)
@@ -520,7 +494,6 @@ def main(argv=None):
             raise UserError(f"--save {args.save}: File exists")
         with atomic(args.save) as file:
             np.savez(file, **reference.statistics)
-
 
 if __name__ == "__main__":
     run(main)

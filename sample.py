@@ -38,7 +38,6 @@ DEFAULT_OBJECTIVE = {"SiT": "flow", "DiT": "diffusion"}  # by the first letters 
 # ----------------------------------------
 # Sampling
 
-
 def default_dtype(device):
     """bf16 where the hardware multiplies it, else fp32."""
     if device.type == "cuda":
@@ -47,14 +46,12 @@ def default_dtype(device):
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
 
-
 def compile_blocks(net, wanted, device):
     """torch.compile each block by itself, so that one compilation serves all; None: on GPUs."""
     if wanted or (wanted is None and device.type == "cuda"):
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks in pieces
         for block in net.blocks:
             block.compile(dynamic=False)
-
 
 def load_model(path, name=None):
     """Checkpoint file -> (network with the EMA weights on the CPU, config of its training).
@@ -79,7 +76,6 @@ def load_model(path, name=None):
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 
-
 def generate(net, objective, shape, labels, indices, seed, device, dtype, decode=None, **options):
     """Samples `indices` with labels (B,) -> list of Pillow images; options go to objective.sample.
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
@@ -96,7 +92,6 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     pixels = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)  # DiT's rule, which truncates
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-
 def save_grid(images, path, columns=8):
     """Write Pillow images of one size as one PNG, row by row; small ones are enlarged."""
     width, height = images[0].size
@@ -106,7 +101,6 @@ def save_grid(images, path, columns=8):
         grid.paste(image, (i % columns * width, i // columns * height))
     with atomic(path) as file:
         ImageOps.scale(grid, max(1, 64 // height), Image.NEAREST).save(file, "PNG")
-
 
 def parse_flags(argv):
     parser = Parser(prog="sample.py", description=__doc__)
@@ -131,7 +125,6 @@ def parse_flags(argv):
     flag("--out", default="samples.npz", help=".npz (arr_0: images, arr_1: labels) or a folder")
     return parser.parse_args(argv)
 
-
 def sampler_options(args, net, objective):
     """The flags that go to objective.sample; UserError for what it cannot do."""
     options = {}
@@ -144,7 +137,6 @@ def sampler_options(args, net, objective):
     except ValueError as error:
         raise UserError(str(error)) from None
     return options
-
 
 def choose_labels(args, net, config):
     """Labels (n,) of the samples; label i depends on --seed and i alone."""
@@ -161,12 +153,10 @@ def choose_labels(args, net, config):
     generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]
     return np.array([generator.choice(classes) for generator in generators])
 
-
 def refuse_existing(*paths):
     for path in paths:
         if path.exists():
             raise UserError(f"{path}: exists already: move it away, or choose another --out")
-
 
 def write_result(files, labels, folder, out, grid):
     """Turn the folder with these image files into `out`, an archive or a folder; draw the grid."""
@@ -186,7 +176,6 @@ def write_result(files, labels, folder, out, grid):
         for path in set(folder.iterdir()) - set(files):  # the lock, and images of a larger --n
             path.unlink()
         os.rename(folder, out)
-
 
 def main(argv=None):
     args = parse_flags(argv)
@@ -240,7 +229,6 @@ def main(argv=None):
         locked.close()
         print(f"wrote {out} and {grid}")
 
-
 # ----------------------------------------
 # The VAE of Stable Diffusion; its tensors have the names of diffusers, so that published files fit
 
@@ -250,7 +238,6 @@ VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42
               "ema": None}  # not known here: the names and shapes of its tensors are the check
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
 
 class Resnet(nn.Module):
     def __init__(self, cin, cout):
@@ -263,7 +250,6 @@ class Resnet(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
-
 
 class Middle(nn.Module):
     """Two resnets, and between them attention of all pixels to each other."""
@@ -285,7 +271,6 @@ class Middle(nn.Module):
         x = x + attention.to_out(h).transpose(2, 3).reshape(x.shape)
         return self.resnets[1](x)
 
-
 def stage(cin, cout, depth, change=None):
     """`depth` resnets at one resolution, then half of it (zeros at right and below) or twice."""
     layers = OrderedDict(resnets=nn.Sequential(Resnet(cin, cout)))
@@ -298,7 +283,6 @@ def stage(cin, cout, depth, change=None):
         twice = OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv3x3(cout, cout))
         layers["upsamplers"] = nn.Sequential(nn.Sequential(twice))
     return nn.Sequential(layers)
-
 
 class VAE(nn.Module):
     """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8).
@@ -356,7 +340,6 @@ class VAE(nn.Module):
                 images.append(self.decoder[-3:](h.float()))
         return torch.cat(images)
 
-
 def vae_file(weights):
     """Path of the file that holds a VAE's weights; `weights` as in VAE."""
     if weights in VAE_SHA256:
@@ -371,18 +354,14 @@ def vae_file(weights):
             return path
     raise UserError(f"{weights}: No such file, nor a folder with {name}: name the VAE with --vae FILE")
 
-
 # ----------------------------------------
 # What the three command lines share: errors, processes, progress, and files
-
 
 class UserError(ValueError):
     """Something the user can mend, said in one line."""
 
-
 class UnreadableFile(UserError):
     """A file that is damaged, or of another kind than expected."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose help keeps the examples' line breaks."""
@@ -392,7 +371,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
-
 
 def number(kind, low, high=math.inf):
     """argparse type: an int or a float from low to high."""
@@ -404,7 +382,6 @@ def number(kind, low, high=math.inf):
         return value
     parse.__name__ = kind.__name__  # for argparse's own message about text that is no number
     return parse
-
 
 def run(main, argv=None):
     """Call main(argv); a UserError becomes one line on stderr and exit code 2.
@@ -428,7 +405,6 @@ def run(main, argv=None):
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 def start(device=None):
     """Pick CUDA, else MPS, else CPU; join torchrun's group -> (rank, number of ranks, device)."""
@@ -457,11 +433,9 @@ def start(device=None):
         rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
     return rank, world, device
 
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
-
 
 class Progress:
     """Count images: a line that refreshes itself on a terminal, one every 20 seconds in a log."""
@@ -484,7 +458,6 @@ class Progress:
         end = "" if live and not finished else "\n"
         print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
 
-
 @contextlib.contextmanager
 def one_line_errors(path, what=None):
     """An error of the file system becomes a UserError that names this path.
@@ -503,7 +476,6 @@ def one_line_errors(path, what=None):
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise UnreadableFile(f"{path}: not a readable {what} ({reason})") from None
 
-
 @contextlib.contextmanager
 def atomic(path):
     """Open a file that replaces `path`, flushed to disk, when the block ends without an error."""
@@ -519,7 +491,6 @@ def atomic(path):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def lock(folder):
     """Make a folder if need be; lock it until the returned file is closed or this process ends."""
     with one_line_errors(folder):
@@ -530,7 +501,6 @@ def lock(folder):
         except (BlockingIOError, PermissionError):
             raise UserError(f"{folder}: another process is writing there") from None
         return file
-
 
 def fetch(url, flag, sha256=None, name=None):
     """Path of a file in torch's hub cache, downloaded once per node. sha256 may be a prefix."""
@@ -545,7 +515,6 @@ def fetch(url, flag, sha256=None, name=None):
                             f"put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
-
 
 def load_file(path):
     """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for pickled code.
@@ -566,7 +535,6 @@ def load_file(path):
                 raise ValueError("it holds no state dict")
     return state
 
-
 def load_safetensors(path):
     """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON,
     {name: {dtype, shape, data_offsets}}), and the tensors' bytes, in which the offsets count."""
@@ -581,11 +549,9 @@ def load_safetensors(path):
         header[name] = flat.reshape(entry["shape"])
     return header
 
-
 def weights_in(checkpoint):
     """A checkpoint's EMA, or a published file's state dict, bare or under "ema" or "model"."""
     return checkpoint.get("ema", checkpoint.get("model", checkpoint))
-
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
@@ -597,7 +563,6 @@ def load_weights(module, state, path, assign=False):
             raise UserError(f"{path}: {name} is {found} where {wanted} is expected")
     module.load_state_dict(state, assign=assign)
 
-
 def fingerprint(*modules):
     """Hex SHA-256 of the modules' tensors: the same for the same weights from another file."""
     digest = hashlib.sha256()
@@ -607,18 +572,15 @@ def fingerprint(*modules):
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
 def read_json(path):
     """The dict in a JSON file."""
     with one_line_errors(path, "description"):
         return dict(json.loads(Path(path).read_text()))
 
-
 def open_array(path):
     """A .npy file, memory-mapped and never unpickled."""
     with one_line_errors(path, "array"):
         return np.lib.format.open_memmap(path, mode="r")
-
 
 def list_images(folder):
     """Sorted paths of the images in a folder and below, by file extension, without hidden ones.
@@ -641,7 +603,6 @@ def list_images(folder):
         raise UserError(f"{folder}: no image files in this folder")
     return sorted(paths, key=str)
 
-
 def read_image(path):
     """One image file as RGB; UnreadableFile for what is damaged, no image or a decompression bomb.
     As in ADM, transparency and a rotation noted in EXIF are ignored. Floats have no known range."""
@@ -653,7 +614,6 @@ def read_image(path):
             image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
 
-
 def center_crop(image, size):
     """ADM's crop: halve (box filter) while twice the size or more, bicubic to size, the centre."""
     while min(image.size) >= 2 * size:
@@ -662,7 +622,6 @@ def center_crop(image, size):
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
 
 if __name__ == "__main__":
     run(main)

@@ -46,14 +46,11 @@ torch.set_num_threads(1)  # the work is small, and threads that wait for each ot
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "shared" / "golden"
 
-
 def rn(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
-
 def ru(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).uniform(size=shape).astype(np.float32))
-
 
 def fill(module, prefix=""):
     """Weights that depend on the parameter's name alone, as the golden numbers were computed with."""
@@ -71,24 +68,20 @@ def fill(module, prefix=""):
         tensor.copy_(torch.from_numpy(a))
     return module
 
-
 def close(value, reference, tolerance, absolute=0.0):
     """Largest deviation at most `tolerance` times the largest reference value, plus `absolute`."""
     value, reference = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (value, reference))
     error, size = (value - reference).abs().max(), reference.abs().max()
     assert error <= tolerance * size + absolute, f"error {error:.2e}, where the reference is up to {size:.2e}"
 
-
 # ----------------------------------------
 # dispersive.py: losses
-
 
 def slow_distances(a, b, kind):
     """Pair by pair, in float64."""
     cosine = lambda v, w: -v @ w / (v.norm() * w.norm())
     distance = cosine if kind == "cosine" else lambda v, w: ((v - w) ** 2).mean()
     return torch.stack([distance(v, w) for v in a.double() for w in b.double()]).view(len(a), len(b))
-
 
 def slow_loss(z, z_pos, kind, tau=0.5, margin=1.0, cov_weight=1.0):
     """The contrastive loss of two views, or the dispersive loss where the second one is None."""
@@ -107,16 +100,13 @@ def slow_loss(z, z_pos, kind, tau=0.5, margin=1.0, cov_weight=1.0):
         return (-distances / tau).exp().mean().log()
     return (positive / tau + (-distances / tau).exp().sum(1).log()).mean()
 
-
 def value_and_gradient(function, z):
     z = z.clone().requires_grad_()
     value = function(z)
     return value, torch.autograd.grad(value, z)[0]
 
-
 CASES = {"spread 1": lambda z: z, "spread 0.1": lambda z: 0.1 * z, "collapsed": lambda z: 1e-3 * z,
          "saturated": lambda z: 2.5 * z, "offset": lambda z: z + 1000 * rn(8, *z.shape[2:]).sign()}
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
@@ -133,7 +123,6 @@ def test_losses_and_their_gradients_are_the_pairwise_loops(kind, case, shape):
         elif (kind, case) != ("cosine", "offset"):  # all cosines are 1 there
             close(gradient, slow_gradient, 1e-4)
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_of_large_bf16_activations_under_autocast_is_that_in_float64(kind):
     def loss(z):
@@ -146,7 +135,6 @@ def test_loss_of_large_bf16_activations_under_autocast_is_that_in_float64(kind):
         reference, exact_gradient = value_and_gradient(loss, z.double())
         close(value, reference, 5e-5)
         close(gradient, exact_gradient, tolerance)
-
 
 @pytest.mark.parametrize("kind", ["infonce", "hinge"])
 def test_the_distance_of_a_sample_to_itself_is_zero_and_none_is_negative(kind):
@@ -161,14 +149,12 @@ def test_the_distance_of_a_sample_to_itself_is_zero_and_none_is_negative(kind):
     value, bound = dispersive_loss(twins, kind), dict(infonce=0, hinge=1)[kind]
     assert value <= bound and abs(value - slow_loss(twins, None, kind)) < 0.5
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_groups_are_consecutive_samples_averaged(kind):
     parts = [rn(seed, 4, 9) for seed in (6, 7, 8)]
     for function in (lambda z, **o: dispersive_loss(z, kind, **o), mean_distance, effective_rank,
                      lambda z, **o: contrastive_loss(z, z ** 3, kind, **o)):
         close(function(torch.cat(parts), group=4), sum(map(function, parts)) / 3, 1e-6)
-
 
 def test_constant_features_have_no_correlation_and_no_nan():
     z = torch.cat([rn(9, 9, 5), torch.full((9, 3), 0.1)], 1)  # whose mean float32 misses
@@ -179,12 +165,10 @@ def test_constant_features_have_no_correlation_and_no_nan():
         assert value_and_gradient(lambda v: dispersive_loss(v, kind), torch.ones(4, 6))[1].isfinite().all()
     assert effective_rank(torch.ones(4, 6)) == 1
 
-
 def test_the_authors_dispersive_loss():
     """Golden: the authors' PyTorch code, tau = 1, on inputs of three scales."""
     for seed, scale, golden in ((10, 0.1, -0.01663364), (11, 0.5, -0.42340022), (12, 1.0, -1.40683627)):
         close(dispersive_loss(rn(seed, 8, 16, 24) * scale, tau=1.0), golden, 2e-6, absolute=2e-7)
-
 
 def test_floors_are_reached():
     n, z = 16, torch.eye(16, dtype=torch.float64)
@@ -192,14 +176,12 @@ def test_floors_are_reached():
                                ("covariance", rn(13, n, 20000), 1e-2)):
         close(dispersive_loss(z, kind, 0.3, 1.5), dispersive_floor(kind, n, 0.3, 1.5), tolerance)
 
-
 def test_mean_distance_is_over_pairs_and_effective_rank_over_directions():
     z = rn(14, 8, 15)
     close(mean_distance(z + 50), slow_distances(z, z, "l2").sum() / (8 * 7), 1e-5)
     spectrum = np.linalg.svd((z - z.mean(0)).double().numpy(), compute_uv=False)[:7] ** 2
     p = spectrum / spectrum.sum()
     close(effective_rank(z + 50), math.exp(-(p * np.log(p)).sum()), 1e-4)
-
 
 def test_impossible_groups_kinds_and_views_are_clear_errors():
     z = rn(1, 8, 8)
@@ -209,7 +191,6 @@ def test_impossible_groups_kinds_and_views_are_clear_errors():
                                     (contrastive_loss, (z, z[:, 1:]), "differ"), (repa_loss, (z, z[:, 1:]), "differ")):
         with pytest.raises(ValueError, match=words):
             function(*inputs)
-
 
 def test_the_losses_can_be_pasted_alone_and_work_under_vmap_jvp_and_compile():
     names, z, other = {"math": math, "torch": torch}, rn(1, 8, 4), rn(2, 8, 4)
@@ -232,7 +213,6 @@ def test_the_losses_can_be_pasted_alone_and_work_under_vmap_jvp_and_compile():
         gradient, = torch.autograd.grad(loss(x), x, create_graph=True)
         assert not torch.autograd.grad(gradient.sum(), x)[0].isfinite().any()  # rather than wrong
 
-
 def test_repa_loss_is_minus_the_mean_cosine_and_its_projector_has_three_layers():
     h, target = rn(1, 3, 5, 7), rn(2, 3, 5, 7).bfloat16()
     close(repa_loss(h, target), -((h * target).sum(-1) / (h.norm(dim=-1) * target.float().norm(dim=-1))).mean(), 1e-6)
@@ -241,19 +221,16 @@ def test_repa_loss_is_minus_the_mean_cosine_and_its_projector_has_three_layers()
     assert [tuple(p.shape) for p in projector.parameters()][::2] == [(2048, 7), (2048, 2048), (4, 2048)]
     close(projector(h), projector[4](silu(projector[2](silu(projector[0](h))))), 1e-6)
 
-
 # ----------------------------------------
 # dispersive.py: transformer
 
 COUNTS = {"XL/2": 675129632, "XL/4": 675074432, "XL/8": 675683072, "L/2": 458102816, "L/4": 458053760, "L/8": 458594816,
           "B/2": 130512416, "B/4": 130475648, "B/8": 130881536, "S/2": 32963360, "S/4": 32945024, "S/8": 33148160}
 
-
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model("SiT-" + name).parameters()) == COUNTS[name]
-
 
 GOLDEN_SIT = {
     "out": [-0.6491057, -0.003471851, 1.045748, 0.975122, 0.1084242, -0.9454051, -0.7054862, 0.3594444, 0.03205636,
@@ -261,7 +238,6 @@ GOLDEN_SIT = {
     "loss": [3.268901, 3.151128, 3.140131],
     "ode_heun2": [-0.8416493, -0.5420452, 1.907666, 1.103138, -0.5571678, -0.1735705, -1.213986, 1.075168],
 }
-
 
 @torch.no_grad()
 def test_sit_its_loss_and_heun_equal_the_published_code():
@@ -275,7 +251,6 @@ def test_sit_its_loss_and_heun_equal_the_published_code():
         if GOLDEN.exists():
             close(value, np.load(GOLDEN / "sit.npz")[name], 1e-5)
 
-
 GOLDEN_DIT = {  # by sample
     "out": [[-1.004304, -1.253021, 2.241493, -0.2466072, 0.7236568, -2.282217, 0.1864561, 1.143],
             [-0.9504329, -0.8432694, 0.725911, 0.9091185, -1.06761, -0.7397046, -0.09116036, -1.451336],
@@ -285,7 +260,6 @@ GOLDEN_DIT = {  # by sample
     "mean": [[-0.07121047, -0.6616288, 0.08601939, 0.8464932], [0.6905113, 1.016016, 0.1653869, 1.76401],
              [0.1674054, -1.635692, 1.143011, -1.15453], [-2.345612, -0.2062639, -0.008869943, -0.6877363]],
 }
-
 
 @torch.no_grad()
 def test_dit_its_loss_and_posterior_equal_the_published_code():
@@ -305,7 +279,6 @@ def test_dit_its_loss_and_posterior_equal_the_published_code():
             if GOLDEN.exists():
                 close(value, np.load(GOLDEN / "dit.npz")[name][i], 2e-5)
 
-
 def test_fifty_training_steps_of_the_authors_code():
     """Golden: losses of the authors' own training (last block, tau 1, weight 0.25, AdamW)."""
     net, losses = fill(DiT(input_size=16, hidden_size=128, depth=4, num_heads=4, num_classes=10)), []
@@ -324,16 +297,13 @@ def test_fifty_training_steps_of_the_authors_code():
     if GOLDEN.exists():
         close(losses, np.load(GOLDEN / "train.npz")["loss"], 2e-6)
 
-
 def random_model(dtype=torch.float64, **overrides):
     """A small model whose every weight matters (a fresh one is the identity)."""
     sizes = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=4)
     return fill(DiT(**{**sizes, **overrides})).to(dtype)
 
-
 def images(seed, n, dtype=torch.float64):
     return rn(seed, n, 3, 8, 8).to(dtype)
-
 
 def test_initialisation_is_adaln_zero():
     model = DiT(input_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=400, second_time=True)
@@ -345,7 +315,6 @@ def test_initialisation_is_adaln_zero():
         elif name != "pos_embed":  # Xavier's uniform distribution; the patches' convolution counts as a matrix
             assert abs(p.abs().max() / math.sqrt(6 / sum(p.flatten(1).shape)) - 1) < 0.02, name
 
-
 def test_what_a_model_is_not_made_for_is_a_clear_error():
     model, t, y = random_model(), ru(2, 2), torch.tensor([0, 4])
     for shape, options, words in (((3, 4, 16), {}, r"\(3, 8, 8\), got \(3, 4, 16\)"),
@@ -356,7 +325,6 @@ def test_what_a_model_is_not_made_for_is_a_clear_error():
     for build in (lambda: DiT(input_size=32, patch_size=3), lambda: build_model("SiT-M/2")):
         with pytest.raises(ValueError, match="patch_size 3|SiT-M/2"):
             build()
-
 
 def test_with_a_sits_weights_a_model_with_a_second_time_computes_what_the_sit_does():
     sit, both = random_model(), DiT(8, 2, 3, 32, 3, 2, num_classes=4, second_time=True).double()
@@ -372,10 +340,8 @@ def test_with_a_sits_weights_a_model_with_a_second_time_computes_what_the_sit_do
     swapped.t_embedder, swapped.r_embedder = both.r_embedder, both.t_embedder
     close(swapped(x, r - t, y, r)[0], both(x, t, y, r)[0], 1e-5)  # it sees r - t, and r - (r - t) is t
 
-
 # ----------------------------------------
 # dispersive.py: objectives
-
 
 class Gaussian(torch.nn.Module):
     """The exact velocity field of data ~ Normal(mu_y, s^2), whose flow maps noise n to mu + s*n."""
@@ -389,7 +355,6 @@ class Gaussian(torch.nn.Module):
         variance = t ** 2 * self.s ** 2 + (1 - t) ** 2
         return mu + (t * self.s ** 2 - (1 - t)) / variance * (x - t * mu), []
 
-
 class GaussianNoise(Gaussian):
     """The exact noise prediction at integer steps for the same data, and v = 0.3 for the variance."""
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -399,9 +364,7 @@ class GaussianNoise(Gaussian):
         eps = (1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s ** 2 + 1 - abar)
         return torch.cat([eps, torch.full_like(x, 0.3)], 1), []
 
-
 X, Y = rn(1, 3, 1, 2, 2).double(), torch.tensor([0, 1, 2])
-
 
 @pytest.mark.parametrize("objective, model, method, order", [
     (FlowMatching(), Gaussian(), "heun", 2), (FlowMatching(), Gaussian(), "euler", 1),
@@ -414,7 +377,6 @@ def test_deterministic_samplers_converge_to_the_flow_in_their_order(objective, m
     for coarse, fine in zip(errors, errors[1:]):  # of diffusion every i-th step from 0 to 999, for i = 27, 9, 3
         assert abs(math.log(coarse / fine, 3) - order) < 0.35, errors
 
-
 @pytest.mark.parametrize("method, evaluations", [("ddim", 5), ("heun", 9)])
 def test_noise_that_does_not_change_is_taken_away_entirely(method, evaluations):
     times, abar = [], GaussianNoise.abar[800]  # the first of five steps
@@ -422,7 +384,6 @@ def test_noise_that_does_not_change_is_taken_away_entirely(method, evaluations):
     x = GaussianDiffusion().sample(noisy, X, Y, 5, method)
     close(x, (X - (1 - abar).sqrt()) / abar.sqrt(), 1e-10)
     assert len(times) == evaluations
-
 
 def test_sde_steps_are_the_published_formula():
     """drift v + w*score with w = 1-t and score = (t*v - x)/(1-t), noise sqrt(2w dt), to 0.96, then a step of 0.04."""
@@ -437,11 +398,9 @@ def test_sde_steps_are_the_published_formula():
             x = x + math.sqrt(2 * (1 - t) * dt) * noise_fn(k)
     close(result, x, 1e-6)
 
-
 def guided(model, x, t, y, cfg, channels):
     cond, uncond = (model(x, torch.full((2,), t), labels)[0] for labels in (y, torch.tensor([4, 4])))
     return torch.cat([(uncond + cfg * (cond - uncond))[:, :channels], cond[:, channels:]], 1)
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels", [None, 2])
@@ -457,7 +416,6 @@ def test_guidance_has_a_scale_an_interval_and_channels_and_leaves_the_variance(c
     x = x + (log_variance / 2).exp() * step_noise[0]
     close(result, posterior(chain, 0, x, *model(x, torch.zeros(2), y)[0].chunk(2, 1))[0], 1e-10)
 
-
 @pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow()])
 def test_samplers_refuse_what_is_impossible(objective):
     model, x, y = random_model(class_dropout_prob=0, second_time=True), images(1, 2), torch.tensor([0, 1])
@@ -468,7 +426,6 @@ def test_samplers_refuse_what_is_impossible(objective):
                 objective.sample(model, x, y, 2, **options)
     with pytest.raises(ValueError, match="null label"):
         MeanFlow(omega=1.5).loss(model, x, y)
-
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow(omega=1.5)])
@@ -485,7 +442,6 @@ def test_data_of_every_type_train_and_sample_with_times_in_float32(objective, dt
         assert objective.sample(model, x, y, 4, method).dtype == dtype
     assert {*seen} <= {torch.float32, torch.int64}
 
-
 @pytest.mark.parametrize("t", [0, 1, 999])
 def test_diffusions_noise_learns_from_the_squared_error_alone_and_its_variance_from_the_bound(t):
     """Whose gradient is that of central differences; the golden numbers above are for their values."""
@@ -496,7 +452,6 @@ def test_diffusions_noise_learns_from_the_squared_error_alone_and_its_variance_f
     step = torch.cat([0 * noise, h * images(4, 2)], 1)
     close((gradient * step).sum(), (loss(out + step) - loss(out - step)) / 2, 1e-2)
 
-
 def test_diffusion_spacing_is_the_published_one():
     spaced = GaussianDiffusion().spaced
     for n in (2, 10, 250, 999, 1000):  # by summation
@@ -506,7 +461,6 @@ def test_diffusion_spacing_is_the_published_one():
     for n, method in ((1, "ddpm"), (1001, "ddpm"), (1, "ddim"), (65, "heun")):
         with pytest.raises(ValueError, match=rf"{method} takes .* {n}"):
             spaced(n, method)
-
 
 def test_training_times_have_the_published_distributions():
     """Flow: uniform. Diffusion: uniform steps. MeanFlow: a pair of logit-normal times in one row of four."""
@@ -521,13 +475,11 @@ def test_training_times_have_the_published_distributions():
     pair = torch.logit(1 - torch.cat([t[moves], r[moves]]).double())  # in the paper's time
     assert abs(pair.mean() + 0.4) < 0.03 and abs(pair.std() - 1) < 0.03
 
-
 def test_mean_flow_samples_are_the_same_for_any_number_of_steps():
     """Of the velocity 2t, whose average from t to r is t + r, and which flows from the noise to itself plus 1."""
     for steps in (1, 2, 5):
         x = MeanFlow().sample(lambda x, t, y, r: (torch.ones_like(x) * (t + r).view(-1, 1, 1, 1), []), X, Y, steps)
         close(x, X + 1, 1e-6)
-
 
 @pytest.mark.parametrize("guidance", [{}, dict(omega=1.5, kappa=0.4, interval=(0.8, 0.2))])
 def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(guidance):
@@ -553,7 +505,6 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
                 for value in (loss, slow)), 1e-7)
     close(MeanFlow().loss(model, x, y, t, noise)[0], FlowMatching().loss(model, x, y, t, noise)[0], 1e-12)  # r = t
 
-
 # ----------------------------------------
 # train.py: runs and files that the tests below, and those of sample.py, share
 
@@ -567,7 +518,6 @@ CLOCKS = {"images/s", "TFLOP/s", "time"}  # what differs from run to run
 FORK = multiprocessing.get_context("forkserver")  # a server that has imported all this forks a run in milliseconds
 FORK.set_forkserver_preload([__name__, "torch._dynamo"])
 
-
 def fails(main, capsys, *args):
     """The one line that a bad command line prints, after progress and warnings; exit code 2."""
     capsys.readouterr()
@@ -577,10 +527,8 @@ def fails(main, capsys, *args):
     assert stop.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
-
 def trains(*args):
     sample.run(train.main, [str(arg) for arg in args])
-
 
 def child(folder, main, args, environment, fault):
     os.chdir(folder)
@@ -591,7 +539,6 @@ def child(folder, main, args, environment, fault):
     sample.time = mock.Mock(wraps=time, sleep=lambda seconds: print("sleeps"))
     fault()
     sample.run(main, args)
-
 
 def launch(*args, main=train.main, fault=bool, ranks=1):
     """Start `main` in processes of its own, after `fault` has been called there; rank r writes the file log<r>."""
@@ -607,7 +554,6 @@ def launch(*args, main=train.main, fault=bool, ranks=1):
         processes[-1].start()
     return processes
 
-
 def ends(processes):
     """Their exit codes; None: killed."""
     for process in processes:
@@ -617,26 +563,21 @@ def ends(processes):
         process.kill()
     return codes
 
-
 def wait_for(condition):
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
-
 def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
 
 def column(out, *names):
     """These values of the lines of the log that have them."""
     return [[entry[name] for name in names] for entry in log_of(out) if names[0] in entry]
 
-
 def weights(out, which="model"):
     return torch.load(Path(out, "ckpt.pt"), weights_only=True)[which]
-
 
 def same(a, b):
     """Whether nested dicts and lists hold the same tensors and values, to the bit."""
@@ -646,7 +587,6 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-
 def same_run(a, b):
     """Whether two runs left the same files: checkpoint and pictures to the bit, the log but for what the clock says."""
     a, b = Path(a), Path(b)
@@ -655,7 +595,6 @@ def same_run(a, b):
     checkpoints = [torch.load(out / "ckpt.pt") for out in (a, b)]
     return files[0] == files[1] and curves[0] == curves[1] and same(*checkpoints) and all(
         (a / name).read_bytes() == (b / name).read_bytes() for name in files[0] if name.suffix == ".png")
-
 
 def nearly_same(a, b, *names):
     """The same curves, weights and EMA up to the order of sums."""
@@ -668,10 +607,8 @@ def nearly_same(a, b, *names):
                 difference.chunk(3)[1].zero_()  # scales up to whole steps
             assert difference.max() <= 1e-4, name
 
-
 def caching(images, data):
     return ["--images", images, "--data", data, "--vae", "none", "--size", 16, "--cache-only"]
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -688,7 +625,6 @@ def photos(tmp_path_factory):
                root / "start.pt")
     return root
 
-
 @pytest.fixture
 def base(photos, tmp_path, monkeypatch):
     """In a folder of its own, the flags of a small run, which starts from weights that are not zero."""
@@ -697,7 +633,6 @@ def base(photos, tmp_path, monkeypatch):
     for process in multiprocessing.active_children():
         process.kill()
 
-
 def data_folder(folder, latents, labels=None, vae="none"):
     os.makedirs(folder)
     np.save(f"{folder}/latents.npy", latents)
@@ -705,10 +640,8 @@ def data_folder(folder, latents, labels=None, vae="none"):
     Path(folder, "meta.json").write_text(json.dumps(dict(classes=["cat", "dog"], vae=vae)))
     return folder
 
-
 # ----------------------------------------
 # train.py: data
-
 
 def test_cache_holds_the_cropped_images_in_sorted_order(photos):
     latents, labels = (np.load(photos / "cache" / f"{name}.npy") for name in ("latents", "labels"))
@@ -720,7 +653,6 @@ def test_cache_holds_the_cropped_images_in_sorted_order(photos):
         image = np.asarray(train.center_crop(Image.open(file).convert("RGB"), 16))
         assert np.array_equal(pixels, image.transpose(2, 0, 1))
         assert np.array_equal(mirror, image[:, ::-1].transpose(2, 0, 1))
-
 
 def test_unreadable_images_are_left_out_and_listed_and_one_usable_image_trains(base, capsys):
     for name in ("a/0", "a/1", "b/0"):
@@ -740,12 +672,10 @@ def test_unreadable_images_are_left_out_and_listed_and_one_usable_image_trains(b
         trains(*caching("images", "none"))
     assert "error: " in capsys.readouterr().err.splitlines()[-1] and not Path("none/labels.npy").exists()
 
-
 def chunks_of_ten(hang=None):
     """Cache ten images at a time; hang at this opening of an array: one at the start, two for each chunk."""
     train.CHUNK, count, inner = 10, iter(range(99)), train.open_array
     train.open_array = lambda path: next(count) == hang and time.sleep(60) or inner(path)
-
 
 def test_killed_while_caching_two_ranks_go_on_with_what_is_not_done(base, photos, capsys):
     args = caching(photos / "images", "cache")
@@ -765,7 +695,6 @@ def test_killed_while_caching_two_ranks_go_on_with_what_is_not_done(base, photos
         assert np.array_equal(np.load(f"cache/{name}.npy"), expected)
     assert Path("cache/meta.json").read_bytes() == (photos / "cache/meta.json").read_bytes()
 
-
 def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
     shutil.copytree(photos, "photos")
     args = caching("photos/images", "photos/cache")
@@ -778,7 +707,6 @@ def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
     assert "latents.npy: No such file" in fails(train.main, capsys, *args[:-1])
     line = fails(train.main, capsys, *args, "--data", "new", "--vae", "none.pt")
     assert "none.pt: No such file" in line and os.listdir("new") == [".lock"]
-
 
 class SmallVAE(torch.nn.Module):
     """Stands in for Stable Diffusion's."""
@@ -793,12 +721,10 @@ class SmallVAE(torch.nn.Module):
     def decode(self, z):
         return z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
-
 def with_little():
     """A little VAE, projector and demo."""
     train.VAE, train.repa_projector = SmallVAE, partial(repa_projector, width=64)
     train.demo_data = partial(train.demo_data, 40)
-
 
 @pytest.fixture
 def little(monkeypatch):
@@ -806,7 +732,6 @@ def little(monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(sample, "VAE", SmallVAE)
     with_little()
-
 
 def test_images_become_latents_then_a_model_then_samples_then_a_distance(base, photos, little, capsys):
     """A mirror image has a latent of its own."""
@@ -820,13 +745,11 @@ def test_images_become_latents_then_a_model_then_samples_then_a_distance(base, p
     sample.main(["--ckpt", "out/ckpt.pt", "--n", "4", "--steps", "1", "--out", "new"])
     assert 0 <= numbers_of(capsys, "new", "new", "--size", 16)["FID"] < 1e-6
 
-
 def test_every_epoch_reads_every_entry_once():
     entries = np.concatenate([train.batch_entries(3, step, 4, 10) for step in range(10)])
     assert [sorted(part) for part in entries.reshape(4, 10)] == [list(range(10))] * 4
     assert entries[:10].tolist() != entries[10:20].tolist()
     assert sorted(train.batch_entries(3, 0, 30, 10)) == sorted([*range(10)] * 3)
-
 
 def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     moments = np.random.default_rng(0).normal(size=(6, 2, 8, 4, 4)).astype(np.float16)
@@ -834,19 +757,19 @@ def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     x, labels = data.read(np.array([4, 1]), np.array([False, True]))
     mean, std = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32)).chunk(2, 1)
     losses = train.Losses(train.parse(["--model", "SiT-nano/2"]), data, CPU)
-    noise = torch.randn(8, 4, 4, 4, generator=train.stream(3, 7, "posterior", CPU))[2:4]
-    close(losses.draw(x, 3, 7, 8, slice(2, 4))[0], mean + std * noise, 1e-6)
+    draws = train.Draws(3, 7, 8, slice(2, 4), CPU)
+    noise = torch.randn(8, 4, 4, 4, generator=draws.generator("posterior"))[2:4]
+    close(losses.prepare(x, draws, "posterior"), mean + std * noise, 1e-6)
     assert data.shape == (4, 4, 4) and len(data.rows) == 5 and labels.tolist() == [0, 1]
 
-
 def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(monkeypatch):
-    (images, labels, names), (again, _, _) = train.demo_data(40), train.demo_data(40)
+    demo, again = train.demo_data(40), train.demo_data(40).latents
+    images, labels, names = demo.latents, demo.labels, demo.classes
     assert np.array_equal(images, again) and images.dtype == np.uint8 and images.shape == (40, 3, 16, 16)
     assert np.bincount(labels).tolist() == [4] * 10 and len(names) == 10
     for world, batch in ((1, 32), (2, 32), (8, 128)):  # groups of 16 on every rank
         monkeypatch.setenv("WORLD_SIZE", str(world))
         assert train.parse([]).batch == batch and train.parse(["--batch", "48"]).batch == 48
-
 
 def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
     trains("--model", "SiT-nano/4", "--steps", 60, "--log-every", 20)
@@ -855,10 +778,8 @@ def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
     picture = Image.open("out/samples/0000060.png")
     assert picture.mode == "RGB" and picture.size == (512, 640) and np.asarray(picture)[-9:].std() > 10
 
-
 # ----------------------------------------
 # train.py: the step
-
 
 def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(2,), group=16, weight=0.5,
             view=None, features=None, beta2=0.999, clip=math.inf, **options):
@@ -872,20 +793,22 @@ def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce"
     optimizer = torch.optim.AdamW(parameters, 1e-2, (0.9, beta2), weight_decay=0)
     ema, curve, last = copy.deepcopy(net), [], 999 if model.startswith("DiT") else 1
     for step in range(2):
+        generator = train.Draws(0, step, 32, slice(None), CPU).generator
+
         def draw(sampler, purpose, *shape):
-            return sampler(32, *shape, generator=train.stream(0, step, purpose, CPU))
+            return sampler(32, *shape, generator=generator(purpose))
         entries = train.batch_entries(0, step, 32, 48)
         flips = np.random.default_rng([0, step, zlib.crc32(b"flip")]).random(32) < 0.5
         x, y = data.read(entries, flips)
         x, y = x / 127.5 - 1, torch.where(draw(torch.rand, "label") < 0.1, 2, y)
-        t, noise = objective.times(32, train.stream(0, step, "time", CPU)), draw(torch.randn, "noise", 3, 16, 16)
+        t, noise = objective.times(32, generator("time")), draw(torch.randn, "noise", 3, 16, 16)
         t, r = t if meanflow else (t, t)
         error, z = objective.loss(net, x, y, t, noise, r, blocks=blocks)
         values = dict(loss=error.mean())
         total = 768 * error / (768 * error.detach() + 0.01) if meanflow else error
         total = total.mean()
         if view:  # of its own noise and time, or of the same noise and a time within 0.005 (five of 1000 steps)
-            t2 = objective.times(32, train.stream(0, step, "second time", CPU))
+            t2 = objective.times(32, generator("second time"))
             t2 = t2[0] if meanflow else t2  # with r = t
             noise2 = draw(torch.randn, "second noise", 3, 16, 16)
             if view == "dependent":
@@ -908,7 +831,6 @@ def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce"
         curve.append({name: value.item() for name, value in values.items()})
     return curve, dict(model=net.state_dict(), ema=ema.state_dict(), projector=projector.state_dict())
 
-
 def check_by_hand(base, out, flags, **options):
     """train.py takes the same two steps: terms of the loss, weights, EMA."""
     trains(*base, "--lr", 1e-2, "--steps", 2, "--out", out, *flags)
@@ -922,7 +844,6 @@ def check_by_hand(base, out, flags, **options):
         for name, value in weights(out, which).items():
             far = (value - expected[which][name]).abs().max()  # the bias of attention's keys has no gradient but noise
             assert far <= 2e-4 or name.endswith("qkv.bias"), name
-
 
 @pytest.mark.parametrize("flags, options", [
     ("--disp hinge --disp-blocks 1,3 --disp-group 8 --disp-margin 2 --grad-clip 0.01 --beta2 0.9",
@@ -939,7 +860,6 @@ def test_the_step_is_the_recipe(flags, options, base):
     """Data order, flips, label dropout, streams, losses, clipping, AdamW, and an EMA whose decay warms up."""
     check_by_hand(base, "run", flags.split(), **options)
 
-
 def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, little):
     features = np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float16)
     np.save("features.npy", features)
@@ -947,7 +867,6 @@ def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, li
                   kind="none", blocks=[4], features=features, weight=0.7)
     for name, block in (("SiT-B/2", 4), ("DiT-L/4", 8), ("SiT-XL/2", 8)):  # as REPA's authors advise
         assert train.parse(["--model", name]).repa_block == block
-
 
 def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(base, latents, capsys):
     """Neither the seed nor the batch nor the images between them matter."""
@@ -965,7 +884,6 @@ def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(
                                (latents, data_folder("mse", np.load("data/latents.npy"), vae="mse"), "its classes or VAE")):
         assert words in fails(train.main, capsys, *args, "--val", other)
 
-
 def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_label(base, monkeypatch):
     seen, inner = [], DiT.forward
     monkeypatch.setattr(DiT, "forward", lambda net, x, t, y, *rest, **named: seen.append(y) or inner(
@@ -974,7 +892,6 @@ def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_l
     sample.main(["--ckpt", "out/ckpt.pt", "--n", "4", "--steps", "1", "--out", "new"])
     labels = torch.cat([y for y in seen if y.device.type != "meta"])  # there, operations are counted
     assert len(labels) > 1000 and (labels == 2).all()
-
 
 def test_training_starts_from_the_ema_of_a_checkpoint_or_from_published_weights(base, photos, capsys):
     trains(*base, "--steps", 2, "--out", "run")
@@ -988,7 +905,6 @@ def test_training_starts_from_the_ema_of_a_checkpoint_or_from_published_weights(
     for name, value in weights("other").items():
         assert torch.equal(value, published[name]) == (name != "y_embedder.embedding_table.weight")
 
-
 def test_the_log_counts_epochs_and_operations(base):
     trains(*base, "--epochs", 3, "--contrastive", "independent")  # 3 x 48 images in batches of 32
     trains(*base, "--batch", 480, "--out", "default")  # 80 x 48
@@ -998,7 +914,6 @@ def test_the_log_counts_epochs_and_operations(base):
                        + tokens * width * 3 * 64 * (1 + 2) + 2 * width ** 2 + (256 + width) * width)
     for images, tera in column("out", "images/s", "TFLOP/s"):
         close(tera * 1e12 / images, 3 * 2 * 2 * multiplications, 1e-6)
-
 
 def test_everything_at_once_on_two_ranks_that_accumulate_equals_one_process(base, little):
     random = np.random.default_rng(0)
@@ -1020,10 +935,8 @@ def test_everything_at_once_on_two_ranks_that_accumulate_equals_one_process(base
     assert ends(two) == [0, 0]
     nearly_same("mean2", "mean1", "loss")
 
-
 # ----------------------------------------
 # train.py: nothing is lost
-
 
 def in_step(number, action, rank=0):
     """Call this on this rank, in step `number`, counted from 0."""
@@ -1036,10 +949,8 @@ def in_step(number, action, rank=0):
             yield batch
     train.batches = faulty
 
-
 def send(which):
     os.kill(os.getpid(), which)
-
 
 def killed_between_the_renames():
     """kill -9 when the second checkpoint is about to become ckpt.pt, which the first has just ceased to be."""
@@ -1052,10 +963,8 @@ def killed_between_the_renames():
         replace(source, target)
     os.replace = deadly
 
-
 def killed_before_the_picture():
     train.Recorder.draw_grid = lambda *args: send(signal.SIGKILL)
-
 
 def sick():
     """The gradient of the dispersive loss, though not its value, is not finite in the next call."""
@@ -1066,10 +975,8 @@ def sick():
         return loss(D, *args) + D.sum().mul(0).sqrt()
     train.repulsion = value
 
-
 def disk_full():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
@@ -1079,7 +986,6 @@ def whole(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     trains(*args, out)
     return args, out
-
 
 @pytest.mark.parametrize("ranks, code, said, fault", [
     (1, -9, "", killed_between_the_renames), (1, -9, "", killed_before_the_picture),
@@ -1101,14 +1007,12 @@ def test_however_a_run_ends_the_same_command_goes_on_to_the_same_bits(ranks, cod
         assert column("run", "step") == column(reference, "step")
         nearly_same("run", reference, "loss", "disp")
 
-
 def test_a_signal_during_the_last_checkpoint_is_not_swallowed(base, monkeypatch, capsys):
     save = train.save
     monkeypatch.setattr(train, "save", lambda *args, **named: (send(signal.SIGTERM), save(*args, **named)))
     with pytest.raises(SystemExit) as stop:
         trains(*base, "--steps", 2, "--out", "out")
     assert stop.value.code == 143 and "SIGTERM: saved at step 2" in capsys.readouterr().out
-
 
 def test_killed_at_random_a_run_ends_in_the_same_bits(base):
     args = [*base, "--steps", 20, "--ckpt-every", 1, "--out"]
@@ -1122,15 +1026,12 @@ def test_killed_at_random_a_run_ends_in_the_same_bits(base):
     trains(*args, "run")
     assert same_run("run", "whole")
 
-
 def busy(*args, **options):
     print("busy", flush=True)
     time.sleep(60)
 
-
 def is_busy():
     return Path("log0").exists() and "busy" in Path("log0").read_text()
-
 
 def test_a_second_signal_a_second_later_exits_at_once_and_a_dead_run_locks_nobody_out(base, capsys):
     args = [*base, "--steps", 2, "--out", "run"]
@@ -1145,7 +1046,6 @@ def test_a_second_signal_a_second_later_exits_at_once_and_a_dead_run_locks_nobod
     process.join(5)
     assert process.exitcode == 143 and not Path("run/ckpt.pt").exists()
     trains(*args)
-
 
 def test_torchrun_restarts_from_the_last_checkpoint(base):
     Path("run.py").write_text(
@@ -1162,25 +1062,21 @@ def test_torchrun_restarts_from_the_last_checkpoint(base):
     assert column("run", "step") == column("whole", "step")
     nearly_same("run", "whole", "loss", "disp")
 
-
 class Runs:
     """Unpickled, it leaves a file behind."""
 
     def __reduce__(self):
         return Path.touch, (Path("owned"),)
 
-
 def torch_bytes(value):
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
 
-
 def npy_bytes(*shape, dtype=np.float32):
     file = io.BytesIO()
     np.save(file, np.full(shape, Runs() if dtype is object else 0, dtype))
     return file.getvalue()
-
 
 def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_before(base, capsys):
     args = [*base, "--ckpt-every", 2, "--steps", 4, "--out"]
@@ -1198,7 +1094,6 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_befo
     path.unlink()
     trains(*args, "run")
     assert same_run("run", "whole")
-
 
 def test_a_continued_run_is_the_same_run_but_for_what_may_change(base, photos, little, capsys):
     np.save("features.npy", np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float32))
@@ -1224,31 +1119,27 @@ def test_a_continued_run_is_the_same_run_but_for_what_may_change(base, photos, l
     group, = weights("run", "opt")["param_groups"]
     assert group["lr"] == 0.002 and [*group["betas"]] == [0.9, 0.9]
 
-
 def elsewhere_on_rank_one():
     if os.environ["RANK"] == "1":
         os.mkdir("elsewhere")
         os.chdir("elsewhere")
-
 
 def test_ranks_that_do_not_share_the_folder_do_not_start(base):
     trains(*base, "--steps", 1, "--out", "run")
     assert ends(launch(*base, "--steps", 2, "--out", "run", fault=elsewhere_on_rank_one, ranks=2))[0] == 2
     assert "the ranks find different checkpoints" in Path("log0").read_text()
 
-
 # ----------------------------------------
 # train.py: bad flags and files, speed, and the README
 
 BAD_FLAGS = [
-    ("--disp-blocks 9", "--disp-blocks 9: expected 'all' or numbers from 1 to 8"), ("--lr nan", "--lr: "),
+    ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 8"), ("--lr nan", "--lr: "),
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "--batch 40 must be a multiple of ranks x --micro, 1 x 40"),
     ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
     ("--objective meanflow --meanflow-kappa 0.5 --label-dropout 0", "need the null label")]
-
 
 def test_bad_flags_are_one_line_each_and_once_on_two_ranks(base, little, capsys):
     for flags, words in BAD_FLAGS:
@@ -1257,7 +1148,6 @@ def test_bad_flags_are_one_line_each_and_once_on_two_ranks(base, little, capsys)
     assert ends(launch("--batch", 33, ranks=2)) == [2, 2]
     assert re.fullmatch(r"train: error: --batch 33.* 2 x 16.*\n", Path("log0").read_text())
     assert "sleeps" in Path("log1").read_text()  # until torchrun stops it, since rank 0 has ended
-
 
 def test_damaged_and_hostile_inputs_are_one_line_each(base, photos, little, capsys):
     """One file cut short, one misshapen, one foreign and one that would run code, in every place."""
@@ -1282,14 +1172,12 @@ def test_damaged_and_hostile_inputs_are_one_line_each(base, photos, little, caps
     trains(*args)  # what was whole
     assert not Path("owned").exists()
 
-
 @pytest.fixture
 def latents(base, little):
     """Flags of three steps on random latents, whose log has one line."""
     moments = np.random.default_rng(0).random((64, 2, 8, 8, 8), np.float32).astype(np.float16)
     return [*NANO, "--model", "SiT-nano/4", "--data", data_folder("data", moments, np.arange(64) % 2, "ema"), "--batch",
             8, "--disp-group", 4, "--steps", 3, "--log-every", 1000]
-
 
 @pytest.mark.parametrize("flags", ["--disp-blocks all --micro 4", "--objective meanflow"])
 def test_one_compilation_serves_all_blocks(flags, latents, monkeypatch):
@@ -1304,7 +1192,6 @@ def test_one_compilation_serves_all_blocks(flags, latents, monkeypatch):
     assert "blocks.7.mlp.fc1.weight" in after and len(compiled) == 1 and before.keys() == after.keys()
     assert all((value - before[name]).abs().max() <= 1e-4 for name, value in after.items())
 
-
 class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
     """Refuses what makes the host wait for a GPU: reading a value, and shapes that depend on values."""
     waits = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}
@@ -1314,7 +1201,6 @@ class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
             index is not None and index.dtype == torch.bool for index in args[1])
         assert function.overloadpacket not in self.waits and not masks, f"{function} waits for the device"
         return function(*args, **kwargs or {})
-
 
 @pytest.mark.parametrize("flags", [
     "--disp-blocks all --micro 4 --grad-clip 1", "--objective diffusion --disp hinge",
@@ -1338,7 +1224,6 @@ def test_a_step_never_waits_for_the_device(flags, latents, monkeypatch):
     trains(*latents, *flags.split())
     assert watched == [1]
 
-
 class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the bytes that operations read and write, each storage once for every operation."""
     total = 0
@@ -1351,7 +1236,6 @@ class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
         if function._schema.is_mutable or not written.keys() <= read.keys():  # else it is a view
             self.total += sum({**read, **written}.values())
         return result
-
 
 @pytest.mark.parametrize("kind", ["infonce", "hinge", "cosine"])
 def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
@@ -1368,7 +1252,6 @@ def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
     none = traffic("--disp", "none")
     assert 2 < traffic("--disp", kind, "--disp-blocks", "3") - none <= 9
     assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 8 <= 9
-
 
 def test_the_commands_of_the_paper_row_by_row_run(base, monkeypatch):
     """The full command with what each row appends: train.py knows all flags, and one of each sort runs."""
@@ -1389,10 +1272,8 @@ def test_the_commands_of_the_paper_row_by_row_run(base, monkeypatch):
         columns = {name for entry in log_of(out) for name in entry}
         assert {"loss", "block_rank"} <= columns and ("repa" in columns) == ("--repa" in flags)
 
-
 # ----------------------------------------
 # sample.py: sampling
-
 
 @pytest.fixture(scope="module")
 def ckpts(tmp_path_factory):
@@ -1408,13 +1289,11 @@ def ckpts(tmp_path_factory):
         made[objective] = folder / objective, net
     return made
 
-
 @pytest.fixture
 def sampling(ckpts, tmp_path):
     """sampling(name, flags) runs the command line into tmp_path / name."""
     base = ["--ckpt", ckpts["flow"][0], "--n", 6, "--steps", 2, "--batch", 2, "--dtype", "fp32"]
     return lambda name, *flags: sample.run(sample.main, [*map(str, [*base, "--out", tmp_path / name, *flags])])
-
 
 def interrupt(monkeypatch, where, name, call):
     """Ctrl-C in the call-th call of a function from now on -> the list of its calls."""
@@ -1428,10 +1307,8 @@ def interrupt(monkeypatch, where, name, call):
     monkeypatch.setattr(where, name, function)
     return calls
 
-
 def content(path):
     return [file.read_bytes() for file in sorted(path.iterdir())] if path.is_dir() else path.read_bytes()
-
 
 @pytest.mark.parametrize("objective, labels", [("flow", [0, 1]), ("diffusion", [2, 2]), ("meanflow", [2, 2])])
 def test_samples_are_the_emas_with_noise_of_their_own(objective, labels, ckpts, sampling, tmp_path):
@@ -1442,7 +1319,6 @@ def test_samples_are_the_emas_with_noise_of_their_own(objective, labels, ckpts, 
     x = sample.OBJECTIVES[objective]().sample(net, noise(), torch.tensor(labels), steps=3, noise_fn=noise)
     pixels = np.load(tmp_path / "x.npz")["arr_0"].transpose(0, 3, 1, 2)
     assert np.array_equal(pixels, (127.5 * x + 128).clamp(0, 255).byte()) and x.std() > 0.1
-
 
 def test_samples_depend_on_seed_and_index_alone(ckpts, sampling, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("logs"))
@@ -1465,7 +1341,6 @@ def test_samples_depend_on_seed_and_index_alone(ckpts, sampling, tmp_path, monke
     assert labels(0, 99)[:50] == labels(0, 50) != labels(1, 50)
     assert set(labels(0, 99)) == {1, 3} and 400 < labels(2, 1000).count(3) < 600
 
-
 @pytest.mark.parametrize("suffix", [".npz", ""])
 def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch):
     sampling("whole" + suffix)
@@ -1487,14 +1362,12 @@ def test_interrupted_sampling_continues(suffix, sampling, tmp_path, monkeypatch)
     assert content(tmp_path / f"x{suffix}") == content(tmp_path / f"whole{suffix}")
     assert len(list(tmp_path.iterdir())) == 4
 
-
 def test_what_exists_is_refused_before_any_work(sampling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "generate", None)
     for name, exists in (("x.npz", "x.npz"), ("y.npz", "y.png"), ("y", "y.png")):
         (tmp_path / exists).write_text("mine")
         assert f"{tmp_path / exists}: exists already" in fails(lambda argv: sampling(name), capsys)
         assert (tmp_path / exists).read_text() == "mine"
-
 
 def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_path, monkeypatch):
     other = torch.load(ckpts["flow"][0])
@@ -1509,7 +1382,6 @@ def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_
             sampling("x.npz", *flags)
     assert len(list(tmp_path.glob("x.npz.*.part"))) == len(different)
 
-
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_a_run_that_finishes_second_does_not_overwrite(name, sampling, tmp_path, monkeypatch, capsys):
     first, real = [], sample.generate
@@ -1523,10 +1395,8 @@ def test_a_run_that_finishes_second_does_not_overwrite(name, sampling, tmp_path,
     assert f"{name}: exists already" in fails(lambda argv: sampling(name), capsys)
     assert first == [content(tmp_path / name), content(tmp_path / "x.png")]
 
-
 def generating():
     sample.generate = busy
-
 
 def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(ckpts, sampling, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1538,7 +1408,6 @@ def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(ckpts, sampling,
     other.kill()
     other.join()
     sampling("x")
-
 
 @pytest.mark.parametrize("args, words", [
     (["--n", "0"], "argument --n/--num-samples: expected int from 1, got"),
@@ -1552,7 +1421,6 @@ def test_bad_flags_are_found_before_any_work(args, words, ckpts, sampling, capsy
     monkeypatch.chdir(ckpts["flow"][0].parent)
     monkeypatch.setattr(sample, "generate", None)
     assert words in fails(lambda argv: sampling("x.npz", *args), capsys)
-
 
 def test_published_files_load_as_they_come(tmp_path):
     """A bare state dict or one under "ema" beside flags, in the format of today and that before torch 1.6."""
@@ -1568,10 +1436,8 @@ def test_published_files_load_as_they_come(tmp_path):
         with pytest.raises(UserError, match=words):
             sample.load_model(path, name)
 
-
 # ----------------------------------------
 # sample.py: the VAE
-
 
 @pytest.fixture(scope="module")
 def vae():
@@ -1579,11 +1445,9 @@ def vae():
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)  # soon overwritten
         yield fill(sample.VAE())
 
-
 def moments(mean, std):
     """What `encode` made mean and std of."""
     return torch.cat([mean / 0.18215, 2 * torch.log(std / 0.18215)], dim=1)[0]
-
 
 def test_vae_decodes_by_the_parts_of_its_encoder_in_diffusers_order(vae):
     z, decoder, norm = rn(43, 1, 4, 3, 4), vae.decoder, vae.decoder.conv_norm_out
@@ -1595,7 +1459,6 @@ def test_vae_decodes_by_the_parts_of_its_encoder_in_diffusers_order(vae):
             x = block.upsamplers[0].conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     x = torch.nn.functional.group_norm(x, 32, norm.weight, norm.bias, 1e-6)
     close(vae.decode(z), decoder.conv_out(x * x.sigmoid()), 1e-5)
-
 
 def test_vae_moments_names_and_shapes_are_those_of_diffusers(vae):
     found = moments(*vae.encode(rn(41, 1, 3, 64, 64).clamp(-1, 1)))
@@ -1612,7 +1475,6 @@ def test_vae_moments_names_and_shapes_are_those_of_diffusers(vae):
     vae.quant_conv.bias[4:] -= torch.tensor([1000, 1000, -1000, -1000.])
     torch.testing.assert_close(std, 0.18215 * torch.exp(torch.tensor([10, 10, -15, -15.])), rtol=1e-5, atol=0)
 
-
 def test_vae_works_in_slices_and_keeps_latents_and_pixels_in_float32(vae, monkeypatch):
     x, z, rows = rn(45, 3, 3, 16, 16), rn(46, 3, 4, 2, 2), []
     mean, image = vae.encode(x)[0], vae.decode(z)
@@ -1626,7 +1488,6 @@ def test_vae_works_in_slices_and_keeps_latents_and_pixels_in_float32(vae, monkey
     assert 1e-4 < (lower - image).std() / image.std() < 0.02  # bf16 within, float32 at the end
     assert len(lower.unique()) > 0.9 * lower.numel()
 
-
 def write_safetensors(path, state):
     entries, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in state.items():
@@ -1636,7 +1497,6 @@ def write_safetensors(path, state):
         data += content
     header = json.dumps(entries).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-
 
 def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path, monkeypatch):
     state, old, loaded = {}, {}, []
@@ -1662,7 +1522,6 @@ def test_vae_loads_both_file_formats_and_both_spellings(vae, tmp_path, monkeypat
     prints = [sample.fingerprint(mock.Mock(state_dict=lambda: state)) for state in loaded]
     assert [known == prints[0] for known in prints] == [True] * 4 + [False]
 
-
 def test_published_vaes_are_fetched_under_names_of_their_own_and_failure_names_file_url_and_flag(tmp_path, monkeypatch):
     def download(url, path, sha256, progress):
         calls.append((url, path, sha256))
@@ -1682,10 +1541,8 @@ def test_published_vaes_are_fetched_under_names_of_their_own_and_failure_names_f
         (url.format("mse"), files["mse"], "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
         (url.format("ema"), files["ema"], None)]
 
-
 # ----------------------------------------
 # sample.py: files
-
 
 def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, monkeypatch):
     """What the test of train.py's inputs leaves: .safetensors, checksums, and pickles of every format."""
@@ -1709,7 +1566,6 @@ def test_damaged_foreign_and_hostile_files_are_one_clear_line(ckpts, tmp_path, m
     torch.load("Weights only load failed.pt", weights_only=False)
     assert Path("owned").exists()  # the trap works
 
-
 def test_only_what_the_user_can_mend_is_caught(ckpts, tmp_path, monkeypatch, capsys):
     for error, code in ((UserError("two\nlines"), 2), (KeyboardInterrupt(), 130), (OSError("bug"), None)):
         def main(argv=None):
@@ -1721,7 +1577,6 @@ def test_only_what_the_user_can_mend_is_caught(ckpts, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)  # rank 0 cannot make this folder; rank 1, which loses it, waits before it raises
     assert ends(launch("--ckpt", ckpts["flow"][0], "--out", "/proc/x/y", main=sample.main, ranks=2)) == [2, 1]
     assert Path("log0").read_text().count("\n") == 1 and Path("log1").read_text().startswith("sleeps\n")
-
 
 def test_images_of_any_format_are_rgb_and_16_bit_grey_keeps_its_contents(tmp_path):
     array = np.random.RandomState(0).randint(0, 256, (6, 5, 4)).astype(np.uint8)
@@ -1743,24 +1598,19 @@ def test_images_of_any_format_are_rgb_and_16_bit_grey_keeps_its_contents(tmp_pat
     with pytest.raises(sample.UnreadableFile, match="float.tiff: not a readable image .*floats"):
         sample.read_image(tmp_path / "float.tiff")
 
-
 # ----------------------------------------
 # fid.py
-
 
 @pytest.fixture(scope="module")
 def inception():
     return fill(fid.Inception())
 
-
 inception_of = functools.cache(fid.Inception)
 FID_FLAGS = ["--weights", "random", "--device", "cpu", "--batch", "4"]
-
 
 def smooth_images(seed, count):
     noise = np.random.RandomState(seed).randint(0, 256, (count, 5, 4, 3)).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(image).resize((20, 24), Image.BICUBIC)) for image in noise])
-
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
@@ -1774,17 +1624,14 @@ def sides(tmp_path_factory):
             Image.fromarray(image).save(root / name / f"{i // 4}" / f"{i:03d}{('.png', '.BMP')[i % 2]}")
     return root
 
-
 def run_fid(args):
     with mock.patch.object(fid, "Inception", inception_of):  # made once
         sample.run(fid.main, [*FID_FLAGS, *map(str, args)])
-
 
 def numbers_of(capsys, *args):
     """The JSON in the last line of what the command prints."""
     run_fid(args)
     return json.loads(capsys.readouterr().out.splitlines()[-1].replace('"random"', "0"))
-
 
 GOLDEN_FEATURES = {  # of golden/inception.npz (the published network, reproducible weights): part of the first image's
     "pool32": (slice(1, None, 400), [0.18013462, 0, 0.108957, 0.01511516, 0.08196568, 0]),
@@ -1792,10 +1639,8 @@ GOLDEN_FEATURES = {  # of golden/inception.npz (the published network, reproduci
     "logits_unbiased32": (slice(0, None, 200),
                           [0.08772594, 0.27910304, -0.04730734, -0.00238647, -0.09473391, -0.224189])}
 
-
 def golden_images():
     return torch.from_numpy(np.random.RandomState(31).randint(0, 256, (4, 3, 32, 32)).astype(np.uint8))
-
 
 def test_inception_matches_the_published_network_and_keeps_full_float32(inception):
     shapes = {name: list(tensor.shape) for name, tensor in inception.state_dict().items()}
@@ -1816,7 +1661,6 @@ def test_inception_matches_the_published_network_and_keeps_full_float32(inceptio
             assert outputs[name].shape == golden.shape
             close(outputs[name], golden, 1e-5)
 
-
 @pytest.mark.parametrize("height, width", [(7, 50), (299, 299), (64, 400)])
 def test_resize_is_tensorflow_1(height, width):
     image = np.random.RandomState(0).randint(0, 256, (height, width)).astype(float)
@@ -1830,14 +1674,12 @@ def test_resize_is_tensorflow_1(height, width):
     resized = fid.resize_tf1(torch.from_numpy(image.astype(np.uint8))[None, None])[0, 0]
     np.testing.assert_allclose(resized, expected, atol=0.02)
 
-
 def test_random_weights_have_a_fixed_seed_and_published_ones_load_as_they_come(inception, tmp_path):
     images = golden_images()[:1]
     assert fid.Inception("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
     state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
     assert torch.equal(fid.Inception(tmp_path / "inception.pth")(images)[0], inception(images)[0])
-
 
 def test_frechet_distance_of_rank_deficient_covariances_is_the_matrix_root_one():
     rng = np.random.RandomState(0)
@@ -1849,13 +1691,11 @@ def test_frechet_distance_of_rank_deficient_covariances_is_the_matrix_root_one()
     assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
     assert 0 <= fid.frechet_distance(mu1, sigma1, mu1, sigma1) < 1e-12 * np.trace(sigma1)
 
-
 def test_frechet_distance_of_commuting_covariances_is_the_closed_form():
     a, b = np.random.RandomState(0).rand(2, 30) * np.logspace(0, -9, 30)  # eigenvalues over nine decades
     turn = np.linalg.qr(np.random.RandomState(1).standard_normal((30, 30)))[0]
     distance = fid.frechet_distance(np.zeros(30), turn * a @ turn.T, np.ones(30), turn * b @ turn.T)
     assert distance == pytest.approx(30 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-10)
-
 
 def test_inception_score_by_its_definition_and_at_its_limits():
     logits = np.random.RandomState(0).standard_normal((23, 12)) * 3 + 1000  # the offset overflows a plain exp
@@ -1867,11 +1707,9 @@ def test_inception_score_by_its_definition_and_at_its_limits():
     sure = np.eye(10) * 1e4  # probabilities of 0 and 1
     assert fid.inception_score(np.concatenate([sure, np.ones((2, 10))]), split=10) == pytest.approx((5.5, 4.5))
 
-
 def inside_slowly(points, centres, k):
     radii = np.partition(scipy.spatial.distance.cdist(centres, centres, "sqeuclidean"), k)[:, k]  # itself is the 0th
     return (scipy.spatial.distance.cdist(points, centres, "sqeuclidean") <= radii).any(1).mean()
-
 
 def test_precision_and_recall():
     rng = np.random.RandomState(3)
@@ -1886,7 +1724,6 @@ def test_precision_and_recall():
     assert fid.precision_recall((real + 0.1).astype(np.float32), (fake + 0.1).astype(np.float32)) == expected
     real, fake = rng.standard_normal((99, 3)), rng.standard_normal((6000, 3)) * 2  # two blocks of 5,592 rows at most
     assert fid.precision_recall(real, fake) == (inside_slowly(fake, real, 3), inside_slowly(real, fake, 3))
-
 
 def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, capsys):
     with mock.patch.object(fid, "measure", wraps=fid.measure) as measure:
@@ -1924,7 +1761,6 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
     np.savez(tmp_path / "crops.npz", np.stack(crops))
     assert numbers_of(capsys, sides / "a", tmp_path / "crops.npz", "--size", 16)["FID"] == pytest.approx(0, abs=1e-4)
 
-
 def test_two_ranks_give_the_result_of_one(sides, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = numbers_of(capsys, sides / "a.npz", sides / "b")
@@ -1934,7 +1770,6 @@ def test_two_ranks_give_the_result_of_one(sides, tmp_path, capsys, monkeypatch):
     batches = zip(range(9), range(9))  # few of them are read ahead, and all in order
     ahead = fid.read_ahead(mock.Mock(read=lambda first, last: first), batches)
     assert next(ahead) == 0 and next(batches) == (2, 2) and list(ahead) == [1, *range(3, 9)]
-
 
 def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp_path, capsys):
     mu = tmp_path / "mu.npz"
@@ -1949,7 +1784,6 @@ def test_numbers_are_printed_before_saving_and_nothing_is_overwritten(sides, tmp
     assert os.listdir(tmp_path) == ["mu.npz"] and mu.read_bytes() == before
     with mock.patch.object(fid, "frechet_distance", lambda *args: (tmp_path / "new.npz").write_text("another run's")):
         assert "File exists" in fails(run_fid, capsys, mu, mu, "--save", tmp_path / "new.npz")
-
 
 def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
     good, bad, whole = sides / "b.npz", tmp_path / "bad.npz", (sides / "b.npz").read_bytes()
@@ -1970,7 +1804,6 @@ def test_damaged_archives_are_one_line_each(sides, tmp_path, capsys):
     refuses("found 1 images")
     np.savez(bad, mu=np.zeros(5), sigma=np.eye(4))
     assert "statistics do not fit together: (5,) (4, 4)" in fails(run_fid, capsys, bad, bad)
-
 
 def test_damaged_image_and_data_folders_are_one_line_each(sides, tmp_path, capsys):
     good, folder = sides / "b.npz", shutil.copytree(sides / "a" / "0", tmp_path / "images")

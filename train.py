@@ -4,9 +4,10 @@
     python train.py --images photos --data data/photos --vae none --size 32    cache, then train
     torchrun --nproc_per_node=8 train.py --data data/photos
 
-A run is a function of (config, data, seed, step). Every draw of a step has a generator of its own, seeded
-by (seed, step, purpose), which draws for the whole global batch; each rank takes its slice. So a run can go
-on from a checkpoint alone, and ranks and accumulated passes change nothing but the order of sums.
+A run is a function of (config, data, seed, step). Every draw of a step has a generator of its own,
+seeded by (seed, step, purpose), which draws for the whole global batch; each rank takes its slice.
+So a run can go on from a checkpoint alone, and ranks and accumulated passes change nothing but the
+order of sums.
 """
 import argparse
 import collections
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dispersive import (KINDS, MODELS, build_model, contrastive_loss, dispersive_floor,
+from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor,
                         dispersive_loss, effective_rank, mean_distance, pairwise_distances,
                         repa_loss, repa_projector, repulsion)
 from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError,
@@ -43,9 +44,8 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
 
 CHUNK = 256  # images that are cached at a time
 # Flags that may change when a run goes on: silently, or logged. Data are compared by content.
-FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every",
-        "snapshot_every", "wandb", "out", "init", "val", "images", "cache_only", "size", "data", "vae",
-        "repa"}
+FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb",
+        "snapshot_every", "out", "init", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
 # the demo's defaults, where there are neither --data nor --images; batch and steps are in `parse`
 DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
@@ -60,49 +60,49 @@ def parse(argv):
 
     # data; without --data and --images: the demo
     flag("--data", metavar="DIR", help="directory of cached latents or pixels")
-    flag("--images", metavar="FOLDER", help="first cache this folder, which holds a folder a class, in --data")
+    flag("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
     flag("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
-    flag("--vae", help="ema, mse, a file or folder: cache Stable Diffusion's latents (ema); none: cache the pixels")
+    flag("--vae", help="ema, mse or a path: cache Stable Diffusion's latents (ema); none: pixels")
     flag("--cache-only", action="store_true", help="stop after caching")
-    flag("--val", metavar="DIR", help="held-out data: log the EMA's regression loss on it at checkpoints")
+    flag("--val", metavar="DIR", help="held-out data, for the EMA's loss at checkpoints")
     # training
     flag("--model", choices=MODELS, default="SiT-B/2", metavar="NAME",
          help="SiT- or DiT-, then XS, S, B, L or XL, then /2, /4 or /8 (SiT-B/2; demo: SiT-XS/4)")
     flag("--objective", choices=OBJECTIVES, help="default: flow for SiT, diffusion for DiT")
     flag("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
     flag("--steps", type=count, help="instead of --epochs (demo: 1500)")
-    flag("--batch", type=count, default=256, help="images a step, of all ranks (256; demo: 32, or 16 a rank)")
-    flag("--micro", type=count, help="images a forward pass on each rank, to accumulate gradients; default: all")
+    flag("--batch", type=count, default=256, help="of all ranks (256; demo: 32, or 16 a rank)")
+    flag("--micro", type=count, help="images a forward pass on each rank; default: all its share")
     flag("--init", metavar="FILE", help="start from a checkpoint's weights, own or published")
-    flag("--lr", type=amount, default=1e-4, help="learning rate of AdamW, constant (1e-4; demo: 1e-3)")
+    flag("--lr", type=amount, default=1e-4, help="learning rate (1e-4; demo: 1e-3)")
     flag("--beta2", type=number(float, 0, 0.999999), help="of AdamW (0.999; MeanFlow: 0.95)")
-    flag("--ema", type=share, default=0.9999, help="decay of the averaged weights, warmed up (0.9999; demo: 0.99)")
+    flag("--ema", type=share, default=0.9999, help="decay, warmed up (0.9999; demo: 0.99)")
     flag("--grad-clip", type=amount, default=0.0, help="largest gradient norm; 0: any (0)")
-    flag("--label-dropout", type=share, default=0.1, help="share of labels dropped (0.1); 1: train without labels")
-    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the weights and all draws (0)")
+    flag("--label-dropout", type=share, default=0.1, help="share (0.1); 1: train without labels")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of all that is drawn (0)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     flag("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     # the dispersive loss, and what it is compared with
-    flag("--disp", choices=[*KINDS, "none"], default="infonce", help="kind of dispersive loss (infonce)")
+    flag("--disp", choices=[*KINDS, "none"], default="infonce", help="kind of loss (infonce)")
     flag("--disp-weight", type=amount, default=0.5, help="lambda (0.5)")
     flag("--disp-tau", type=number(float, 1e-3), default=0.5, help="temperature (0.5)")
     flag("--disp-margin", type=amount, default=1.0, help="margin of the hinge (1)")
     flag("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
-    flag("--disp-group", type=number(int, 2), default=16, help="samples compared with each other (16)")
+    flag("--disp-group", type=number(int, 2), default=16, help="samples that are compared (16)")
     flag("--contrastive", choices=["independent", "dependent"],
-         help="contrast with a second view, of its own noise and time, or of the same noise and a time within 0.005")
-    flag("--repa", metavar="FILE", help="align a block with an encoder's features, an .npy (N, 2, tokens, D)")
+         help="with a second view: of its own noise and time, or of the same noise and near time")
+    flag("--repa", metavar="FILE", help="an encoder's features, .npy (N, 2, tokens, D), to align with")
     flag("--repa-weight", type=amount, default=0.5, help="weight of that term (0.5)")
     flag("--repa-block", type=count, help="the aligned block; default: 8 for L and XL, else 4")
-    flag("--meanflow-omega", type=amount, default=1.0, help="guidance in training, of scale omega / (1 - kappa) (1)")
-    flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="see --meanflow-omega (0)")
+    flag("--meanflow-omega", type=amount, default=1.0, help="guidance in training (1)")
+    flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="likewise (0)")
     flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
          help="the times that are guided (0 1)")
     # output
-    flag("--out", default="out", help="directory of the run; one that holds a run continues it (out)")
+    flag("--out", default="out", help="directory of the run, which is continued if it exists (out)")
     flag("--log-every", type=count, default=100, help="steps a log line (100; demo: 50)")
     flag("--ckpt-every", type=count, default=5000, help="steps a checkpoint (5000; demo: 400)")
-    flag("--sample-every", type=count, default=10000, help="steps a grid of samples (10000; demo: 400)")
+    flag("--sample-every", type=count, default=10000, help="steps a grid (10000; demo: 400)")
     flag("--snapshot-every", type=count, help="keep the EMA of every so many steps")
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
 
@@ -110,13 +110,14 @@ def parse(argv):
     if not args.data and not args.images:
         p.set_defaults(**DEMO)
         p.set_defaults(batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
-        p.set_defaults(steps=None if args.epochs else 1500)
+        if not args.epochs:
+            p.set_defaults(steps=1500)
         args = p.parse_args(argv)
     args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
     if args.beta2 is None:
         args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
     if args.repa_block is None:
-        args.repa_block = 8 if "-L/" in args.model or "-XL/" in args.model else 4
+        args.repa_block = 8 if "L/" in args.model else 4  # L and XL
     depth = MODELS[args.model]["depth"]
     args.disp_blocks = parse_blocks(args, depth)
     check_flags(args, depth)
@@ -128,35 +129,35 @@ def parse_blocks(args, depth):
     known = [str(number) for number in range(1, depth + 1)]
     chosen = known if text == "all" else text.split(",")
     if not set(chosen) <= set(known):
-        raise UserError(f"--disp-blocks {text}: expected 'all' or numbers from 1 to {depth}, separated by commas")
+        raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
     if args.disp == "none":
         return []
-    return sorted(set(int(block) for block in chosen))
+    return sorted(int(block) for block in set(chosen))
 
 def check_flags(args, depth):
     """Refuse flags that do not go together."""
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
     has_wandb = importlib.util.find_spec("wandb") is not None
     rules = [
-        (args.data or not args.images, "--images FOLDER needs --data DIR, where the cached arrays go"),
-        (args.images or not args.cache_only, "--cache-only needs --images"),
-        (not (args.steps and args.epochs), "--steps and --epochs: expected one of them, not both"),
-        (args.label_dropout > 0 or not guided,
+        (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
+        (args.cache_only and not args.images, "--cache-only needs --images"),
+        (args.steps and args.epochs, "--steps and --epochs: expected one of them, not both"),
+        (guided and args.label_dropout == 0,
          "--meanflow-omega and --meanflow-kappa need the null label: a --label-dropout above 0"),
-        (args.disp != "none" or not args.contrastive, "--contrastive needs a --disp other than none"),
-        (args.repa_block <= depth, f"--repa-block {args.repa_block}: expected a number from 1 to {depth}"),
-        (has_wandb or not args.wandb, "--wandb: the package is not installed: pip install wandb")]
-    for holds, message in rules:
-        if not holds:
+        (args.contrastive and args.disp == "none", "--contrastive needs a --disp other than none"),
+        (args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
+        (args.wandb and not has_wandb, "--wandb: not installed: pip install wandb")]
+    for broken, message in rules:
+        if broken:
             raise UserError(message)
 
 def check_data(args, world, shape):
-    """The batch against ranks and groups, --model, --val and --repa against samples of a shape (C, H, H)."""
+    """--batch, --model, --val and --repa against the ranks and the shape (C, H, H) of the data."""
     micro = args.micro or max(1, args.batch // world)
     group = args.disp_group if args.disp_blocks else 1
     if args.batch % (world * micro) or micro % group:
-        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, and --micro "
-                        f"of --disp-group, {group} (1 without dispersion)")
+        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, "
+                        f"and --micro of --disp-group, {group} (1 without dispersion)")
     patch = MODELS[args.model]["patch_size"]
     if shape[-1] % patch:
         raise UserError(f"--model {args.model}: its patches do not divide data of size {shape[-1]}")
@@ -168,8 +169,8 @@ def check_data(args, world, shape):
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
 
-# The demo's shapes are stars: number of corners, inner radius, turn, size of the hole. Two corners and
-# inner radius 1 are a square. Each is its own mirror image, so that flips keep the class.
+# The demo's shapes are stars: number of corners, inner radius, turn, size of the hole. Two corners
+# and inner radius 1 make a square. Each is its own mirror image, so that flips keep the class.
 SHAPES = {
     "disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5),
     "square": (2, 1, 1 / 8, 0), "frame": (2, 1, 1 / 8, 0.5),
@@ -199,12 +200,12 @@ def draw_shape(name, rng, size):
     return np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
 
 def demo_data(n=4000, size=16):
-    """The demo's images (n, 3, size, size) uint8, labels (n,) and names of the classes."""
+    """The demo: n images of size x size pixels, of a class for each shape."""
     rng = np.random.default_rng(0)
     names = list(SHAPES)
     labels = np.arange(n) % len(names)
     images = np.stack([draw_shape(names[label], rng, size) for label in labels])
-    return images, labels, names
+    return Data(images, labels, names)
 
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
@@ -218,7 +219,7 @@ def one_ahead(function, items):
             yield last.result()
 
 def load_crop(file, label, size):
-    """An image file -> pixels (3, size, size) uint8 and label; black, -1 and a line on stderr if it is unreadable."""
+    """An image file -> pixels (3, size, size) uint8 and label; if unreadable, black and -1."""
     try:
         return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), label
     except UnreadableFile as error:
@@ -226,18 +227,18 @@ def load_crop(file, label, size):
         return np.zeros((3, size, size), np.uint8), -1
 
 def encode_views(vae, images, device):
-    """Pixels (n, 3, H, H) -> float16 posteriors (n, 2, 8, H/8, H/8) of the images and of their mirror images, whose
-    latents are not the mirrors of the latents."""
+    """Pixels (n, 3, H, H) -> float16 mean and std (n, 2, 8, H/8, H/8) of the images' latents, and of
+    the latents of their mirror images, which are not the mirrored latents."""
     x = torch.from_numpy(images).to(device).float() / 127.5 - 1
     image = torch.cat(vae.encode(x), 1)  # mean and std, (n, 8, H/8, H/8)
     mirror = torch.cat(vae.encode(x.flip(-1)), 1)
     return torch.stack([image, mirror], 1).half().cpu().numpy()
 
 def write_rows(path, first, rows):
-    """Write rows into an .npy file, from row `first` on. A full disk is an error; mapped memory would crash."""
+    """Write rows into an .npy file. On a full disk this is an error; mapped memory would crash."""
     begin = open_array(path).offset + first * rows[0].nbytes
     with one_line_errors(path), open(path, "r+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # against ranks on other nodes, since network disks write pages
+        fcntl.lockf(file, fcntl.LOCK_EX)  # against other nodes: network disks write whole pages
         file.seek(begin)
         file.write(rows.tobytes())
         file.flush()
@@ -254,7 +255,8 @@ def check_same_cache(target, meta):
     if other_kind or other_weights:
         differ.append("vae")
     if differ:
-        raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
+        differ = " and ".join(differ)
+        raise UserError(f"--data {target}: was begun with other {differ}; name another")
 
 def begin_cache(target, meta, count, shape, dtype):
     """Write meta.json, the labels of `count` images that are not cached yet, and empty latents."""
@@ -272,10 +274,10 @@ def cache_images(args, rank, world, device):
     goes on there. -1 is an unreadable image.
     """
     folder, target = Path(args.images), Path(args.data)
-    latents, marks, labels_file = (target / name for name in ("latents.npy", "labels.new.npy", "labels.npy"))
+    latents, marks, finished = target / "latents.npy", target / "labels.new.npy", target / "labels.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
-        raise UserError(f"--images {folder}: expected class folders that hold images, found images without a class")
+        raise UserError(f"--images {folder}: expected class folders, found images without a class")
     names = [file.relative_to(folder) for file in files]
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
     listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
@@ -292,10 +294,10 @@ def cache_images(args, rank, world, device):
         meta["vae_sha256"] = fingerprint(vae)  # a path may come to hold other weights
     if rank == 0:
         check_same_cache(target, meta)
-        if not latents.exists() and not labels_file.exists():
+        if not latents.exists() and not finished.exists():
             begin_cache(target, meta, len(files), shape, dtype)
     barrier()
-    if labels_file.exists():  # the cache is complete
+    if finished.exists():
         return
 
     cached = open_array(marks) > -2
@@ -320,15 +322,16 @@ def cache_images(args, rank, world, device):
     if rank == 0:
         if open_array(marks).max() < 0:
             raise UserError(f"--images {folder}: none of its images can be read")
-        os.replace(marks, labels_file)
+        os.replace(marks, finished)
         locked.close()
     barrier()
 
 class Data:
-    """uint8 pixels (N, 3, H, H), or float16 mean and std of image and mirror image (N, 2, 8, H, H), memory-mapped.
+    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), the mean
+    and std of the image and of its mirror image.
 
-    Its entries are the rows whose label is not -1, each of a `shape` (3 or 4, H, H). `features` are an encoder's,
-    for REPA: (N, 2, tokens, D).
+    Its entries are the rows whose label is not -1. shape: that of a sample, (3 or 4, H, H).
+    features: an encoder's, for REPA, (N, 2, tokens, D).
     """
 
     def __init__(self, latents, labels, classes, vae="none", vae_sha256=None):
@@ -336,7 +339,7 @@ class Data:
         self.vae, self.vae_sha256 = vae, vae_sha256 or vae  # where to find it; what it holds
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
-        self.shape = latents.shape[1:] if self.pixels else (4,) + latents.shape[3:]
+        self.shape = (3 if self.pixels else 4,) + latents.shape[-2:]
         self.features = None
 
     @classmethod
@@ -352,18 +355,21 @@ class Data:
                 and latents.shape == shape and latents.size > 0 and labels.dtype.kind == "i"
                 and labels.min() >= -1 and 0 <= labels.max() < len(classes)):
             raise UserError(f"{folder}: expected what --images makes, found latents.npy {latents.dtype} "
-                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
+                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, "
+                            f"meta.json {str(meta):.200}")
         return cls(latents, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
 
     def add_features(self, path):
         self.features = open_array(path)
         if len(self.features) != len(self.labels):
-            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {len(self.features)}")
+            found = len(self.features)
+            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {found}")
 
     def contents(self):
         """What tells these data from others: checksums, of large arrays those of about 64 rows."""
         data = [checksum(self.latents), zlib.crc32(self.labels.tobytes()), self.classes]
-        contents = dict(data=f"contents {zlib.crc32(str(data).encode()):08x}", vae=self.vae, repa=False)
+        data = zlib.crc32(str(data).encode())
+        contents = dict(data=f"contents {data:08x}", vae=self.vae, repa=False)
         if self.features is not None:
             contents["repa"] = f"contents {checksum(self.features):08x}"
         return contents
@@ -373,7 +379,7 @@ class Data:
         return np.linspace(0, len(self.rows) - 1, min(count, len(self.rows))).astype(int)
 
     def read(self, entries, flips):
-        """[images or posteriors of the entries, mirrored where flips says; their labels; their features if any]."""
+        """[images or latents, mirrored where flips says; labels; features if any] of these entries."""
         rows, views = self.rows[entries], flips.astype(int)
         if self.pixels:
             images = read_entries(self.latents, rows)
@@ -389,26 +395,28 @@ def checksum(array):
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
 def read_entries(array, *index):
-    """array[index]. On Linux the system is asked for all entries first, so that it reads them at once, and nothing
-    around them: from a disk, this is many times as fast."""
+    """array[index]. Linux is asked for all entries first: it reads them at once, and nothing around
+    them, which is many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[len(index) - 1]
         with open(array.filename, "rb") as file:
             for begin in np.dot(array.strides[:len(index)], index):
-                os.posix_fadvise(file.fileno(), array.offset + int(begin), size, os.POSIX_FADV_WILLNEED)
+                begin = array.offset + int(begin)
+                os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
     return array[index]
 
 def check_features(path, tokens):
     features = open_array(path)
     if features.dtype.kind != "f" or features.ndim != 4 or features.shape[1:3] != (2, tokens):
-        raise UserError(f"--repa {path}: expected floats (N, 2, {tokens}, D), found {features.dtype} {features.shape}")
+        raise UserError(f"--repa {path}: expected floats (N, 2, {tokens}, D), found {features.dtype} "
+                        f"{features.shape}")
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 def batch_entries(seed, step, batch, n):
-    """Entries of a global batch: position p reads entry p mod n of the permutation of epoch p div n."""
+    """Entries of a global batch: position p reads entry p mod n of epoch p div n's permutation."""
     positions = step * batch + np.arange(batch)
     epochs = positions // n
     entries = [permutation(seed, int(epoch), n)[positions[epochs == epoch] % n]
@@ -431,10 +439,34 @@ def batches(data, steps, batch, mine, seed, device):
 # ----------------------------------------
 # The loss of a batch
 
-def stream(seed, step, purpose, device):
-    """The random generator of one purpose at one step. Its seed has 32 bits: a CPU generator ignores more."""
-    words = [seed, step, zlib.crc32(purpose.encode())]
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+class Draws:
+    """The random numbers of a step: drawn for the whole batch, of which `mine` are returned."""
+
+    def __init__(self, seed, step, batch, mine, device):
+        self.seed, self.step, self.batch, self.mine, self.device = seed, step, batch, mine, device
+
+    def generator(self, purpose):
+        """Each purpose has its own. The seed has 32 bits, since a CPU generator ignores more."""
+        words = [self.seed, self.step, zlib.crc32(purpose.encode())]
+        seed = np.random.SeedSequence(words).generate_state(1)[0]
+        return torch.Generator(self.device).manual_seed(int(seed))
+
+    def uniform(self, purpose):
+        """(n,) in [0, 1)."""
+        generator = self.generator(purpose)
+        return torch.rand(self.batch, generator=generator, device=self.device)[self.mine]
+
+    def normal(self, purpose, shape):
+        """(n, *shape)."""
+        generator = self.generator(purpose)
+        return torch.randn((self.batch, *shape), generator=generator, device=self.device)[self.mine]
+
+    def times(self, purpose, objective):
+        """t and r (n,) for the objective's loss; only MeanFlow has an r of its own."""
+        times = objective.times(self.batch, self.generator(purpose))
+        if not isinstance(objective, MeanFlow):
+            times = times, times
+        return times[0][self.mine], times[1][self.mine]
 
 class Losses(nn.Module):
     """All that is trained, and all terms of its loss, in one module for DDP to wrap."""
@@ -442,10 +474,10 @@ class Losses(nn.Module):
     def __init__(self, args, data, device):
         super().__init__()
         self.args, self.data, self.meanflow = args, data, args.objective == "meanflow"
-        guidance = {}
+        self.objective = OBJECTIVES[args.objective]()
         if self.meanflow:
-            guidance = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=args.meanflow_interval)
-        self.objective = OBJECTIVES[args.objective](**guidance)
+            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
+                                      interval=args.meanflow_interval)
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
@@ -460,32 +492,38 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def forward(self, step, position, images, labels, features=None):
-        """The total to minimise, a scalar, and what to log, {name: scalar}, for a part of the batch.
+        """A part of the batch -> the total to minimise, a scalar, and what to log, {name: scalar}.
 
         position: that of the part's first sample in the global batch of this step.
         images, labels, features: as Data.read gives them.
         """
-        args, n, device = self.args, len(images), images.device
+        args, n = self.args, len(images)
         mine = slice(position, position + n)
+        draws = Draws(args.seed, step, args.batch, mine, images.device)
 
-        # the sample, its noise, its time, and its label, of which some are dropped
-        x, noise, t, r = self.draw(images, args.seed, step, args.batch, mine)
-        chance = torch.rand(args.batch, generator=stream(args.seed, step, "label", device), device=device)[mine]
-        y = torch.where(chance < args.label_dropout, self.net.num_classes, labels)
+        # the sample, its label, noise and time
+        x = self.prepare(images, draws, "posterior")
+        y = torch.where(draws.uniform("label") < args.label_dropout, self.net.num_classes, labels)
+        noise = draws.normal("noise", self.data.shape)
+        t, r = draws.times("time", self.objective)
 
         # a second view of the same samples, to contrast the first with; it always has r = t
         if args.contrastive:
-            _, noise2, t2, _ = self.draw(images, args.seed, step, args.batch, mine, prefix="second ")
+            noise2 = draws.normal("second noise", self.data.shape)
+            t2, _ = draws.times("second time", self.objective)
             if args.contrastive == "dependent":
-                chance = torch.rand(args.batch, generator=stream(args.seed, step, "shift", device), device=device)[mine]
-                noise2, t2 = noise, nearby_times(t, 2 * chance - 1)
+                noise2 = noise
+                t2 = nearby_times(t, 2 * draws.uniform("shift") - 1)
             x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, noise2])
             t, r = torch.cat([t, t2]), torch.cat([r, t2])
 
         # the network: squared error per sample, and activations
-        options = dict(moving=self.objective.moving(n, position)) if self.meanflow else {}
+        options = {}
+        if self.meanflow:
+            options["moving"] = self.objective.moving(n, position)
         with self.autocast:
-            error, activations = self.objective.loss(self.net, x, y, t, noise, r, self.captured, **options)
+            error, activations = self.objective.loss(
+                self.net, x, y, t, noise, r, blocks=self.captured, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
         # L_objective, of the first view
@@ -507,26 +545,18 @@ class Losses(nn.Module):
             total = total + args.repa_weight * terms["repa"]
         return total, {name: term.detach() for name, term in terms.items()}
 
-    def draw(self, images, seed, step, batch, mine, prefix=""):
-        """x, noise, t and r (n, ...) for the objective's loss: `mine` of what is drawn for the whole batch."""
-        device, shape = images.device, (batch, *self.data.shape)
-        times = self.objective.times(batch, stream(seed, step, prefix + "time", device))
-        t, r = times if self.meanflow else (times, times)  # only MeanFlow has an r of its own
-        noise = torch.randn(shape, generator=stream(seed, step, prefix + "noise", device), device=device)
+    def prepare(self, images, draws, purpose):
+        """Pixels in [-1, 1], or latents drawn from their posterior."""
         if self.data.pixels:
-            x = images.float() / 127.5 - 1
-        else:
-            mean, std = images.float().chunk(2, 1)
-            posterior = torch.randn(shape, generator=stream(seed, step, prefix + "posterior", device), device=device)
-            x = mean + std * posterior[mine]
-        return x, noise[mine], t[mine], r[mine]
+            return images.float() / 127.5 - 1
+        mean, std = images.float().chunk(2, 1)
+        return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": mean over the blocks of L_disp}, and where L_disp has distances, their mean as "distance".
-
-        The first n samples of the activations are the first view.
-        """
-        kind, tau, margin, group = self.args.disp, self.args.disp_tau, self.args.disp_margin, self.args.disp_group
+        """{"disp": L_disp, the mean over the blocks}, and for the kinds that compute distances their
+        mean as "distance". The first n samples of the activations are the first view."""
+        kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
+        group = self.args.disp_group
         losses, distances = [], []
         for z in activations:
             if self.args.contrastive:
@@ -544,13 +574,17 @@ class Losses(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, net, data, entries, blocks=()):
-        """The regression loss of a network on these entries, summed, and its activations after the blocks.
-        The draws depend on the entries alone."""
+        """The regression loss of a network on these entries, summed, and its activations after the
+        blocks. The draws depend on the entries alone."""
         device = net.pos_embed.device
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
-        x, noise, t, r = self.draw(images.to(device), 0, entries[0], len(entries), slice(None), prefix="val ")
+        draws = Draws(0, entries[0], len(entries), slice(None), device)
+        x = self.prepare(images.to(device), draws, "val posterior")
+        noise = draws.normal("val noise", self.data.shape)
+        t, r = draws.times("val time", self.objective)
         with self.autocast:
-            error, activations = self.objective.loss(net, x, labels.to(device), t, noise, r, blocks)
+            error, activations = self.objective.loss(
+                net, x, labels.to(device), t, noise, r, blocks=blocks)
         return error.sum(), activations
 
 def nearby_times(t, shift):
@@ -560,8 +594,8 @@ def nearby_times(t, shift):
     return (t + 0.005 * 999 * shift).clamp(0, 999).round().long()
 
 def initialize(net, path):
-    """Load a checkpoint's weights, but keep what it lacks of two embeddings: that of the labels, where the classes are
-    others, and that of MeanFlow's second time."""
+    """Load a checkpoint's weights. It may lack two embeddings, which then stay as they are: that of
+    the labels, where the classes are others, and that of MeanFlow's second time."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -589,11 +623,11 @@ class Recorder:
         self.sums = collections.defaultdict(float)  # of what is logged, since the last line
 
     def resume(self):
-        """Load the latest checkpoint, if there is one, and begin or go on with the log -> its step."""
+        """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
         step, changes = load_checkpoint(self.out, self.config, self.parts)
         if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints there; it must be a directory "
-                            "they share")
+            raise UserError(f"--out {self.out}: the ranks find different checkpoints there; it must be "
+                            "a directory that they share")
         self.logged, self.since = step, time.time()
         if self.rank > 0:
             return step
@@ -619,7 +653,7 @@ class Recorder:
         return bool(every) and (done % every == 0 or done == self.steps)
 
     def record(self, done, stopped_by):
-        """All that is due after `done` steps. The checkpoint comes last: a run killed earlier does this again."""
+        """All that is due after `done` steps; the checkpoint last, so that a killed run does it again."""
         args = self.args
         log, sample = self.is_due(args.log_every, done), self.is_due(args.sample_every, done)
         ckpt, snapshot = self.is_due(args.ckpt_every, done), self.is_due(args.snapshot_every, done)
@@ -634,9 +668,11 @@ class Recorder:
                 line.update(self.measure_blocks())
             self.write_log(done, line)
             if snapshot:
-                save(self.out / "snapshots" / f"{done:07d}.pt", done, self.config, dict(ema=self.ema))
+                path = self.out / "snapshots" / f"{done:07d}.pt"
+                save(path, done, self.config, dict(ema=self.ema))
             if ckpt or stopped_by:
-                save(self.out / "ckpt.pt", done, self.config, self.parts, before=self.out / "ckpt.prev.pt")
+                before = self.out / "ckpt.prev.pt"
+                save(self.out / "ckpt.pt", done, self.config, self.parts, before)
         self.sums.clear()
         self.logged, self.since = done, time.time()
 
@@ -649,10 +685,12 @@ class Recorder:
             dist.all_reduce(values)
         line = dict(zip(self.sums, values.tolist()))  # waits for the device
         if not np.isfinite(list(line.values())).all():
-            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or the gradient is not finite; no "
-                            "checkpoint has it: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
+            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or the gradient is not "
+                            "finite; no checkpoint has it: go on with a smaller --lr, --grad-clip 1 or "
+                            "--dtype fp32")
         if args.disp_blocks and not args.contrastive:
-            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
+            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau,
+                                             args.disp_margin)
         rate = count * args.batch / (time.time() - self.since)
         line["images/s"] = rate
         line["TFLOP/s"] = rate * self.flops / self.world / 1e12
@@ -672,9 +710,10 @@ class Recorder:
         data = self.losses.data
         classes = np.unique(data.labels[data.rows])
         classes = classes[np.linspace(0, len(classes) - 1, 10).round().astype(int)]
+        labels = torch.from_numpy(classes.repeat(8))
         steps = 1 if self.losses.meanflow else 25
-        images = generate(self.ema, self.losses.objective, data.shape, torch.from_numpy(classes.repeat(8)), range(80),
-                          self.args.seed, self.device, self.args.dtype, self.decode, steps=steps)
+        images = generate(self.ema, self.losses.objective, data.shape, labels, range(80), self.args.seed,
+                          self.device, self.args.dtype, self.decode, steps=steps)
         save_grid(images, path)
 
     def measure_blocks(self):
@@ -690,7 +729,7 @@ class Recorder:
                     block_norm=[z.square().mean().item() for z in activations])
 
     def write_log(self, done, line):
-        """A line on the screen, where lists are first, middle and last, and all of it in log.jsonl."""
+        """A line on the screen, of lists the first, middle and last, and all of it in log.jsonl."""
         texts = []
         for name, value in line.items():
             if isinstance(value, list):
@@ -706,7 +745,8 @@ class Recorder:
             wandb.log(line, step=done)
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint; the one that `path` held becomes `before`: killed here, a run goes on from that."""
+    """Write a checkpoint. The one that `path` held becomes `before`, from which a run that is killed
+    here goes on."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic(f"{path}.new") as file:
         torch.save(dict(state, step=step, config=config), file)
@@ -715,7 +755,7 @@ def save(path, step, config, parts, before=None):
     os.replace(f"{path}.new", path)
 
 def load_checkpoint(out, config, parts):
-    """Load the latest checkpoint into the parts, if there is one -> its step, and the flags that have changed."""
+    """Load the latest checkpoint, if any, into the parts -> its step, and the flags that changed."""
     paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
     if not paths:
         return 0, []
@@ -730,27 +770,28 @@ def load_checkpoint(out, config, parts):
     changes = []
     for name, now in config.items():
         before = state["config"].get(name)
-        if before == now or name == "vae":  # the VAE's file may have been moved: the data are compared
+        if before == now or name == "vae":  # the VAE may have been moved; the data are compared
             continue
         flag = "--" + name.replace("_", "-")
         if name not in LOGGED:
-            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
+            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; "
+                            "name another --out")
         changes.append(f"{flag} {before} -> {now}")
     for name in parts.keys() - {"opt"}:
         load_weights(parts[name], state[name], path)
-    parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # a copy, rather than the file's mapped memory
+    parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
     return state["step"], changes
 
 # ----------------------------------------
 # The loop
 
 def note_signals():
-    """From now on note Ctrl-C and SIGTERM in the dict returned; one over a second after the first exits at once."""
+    """Note Ctrl-C and SIGTERM in the dict returned; one a second after the first exits at once."""
     noted = {}  # signal: when it first came
 
     def note(which, frame):
         noted.setdefault(which, time.monotonic())
-        if time.monotonic() - min(noted.values()) > 1:  # sooner, it is the launcher passing on what all ranks got
+        if time.monotonic() - min(noted.values()) > 1:  # sooner, the launcher may repeat the first
             os._exit(128 + which)
 
     for which in (signal.SIGINT, signal.SIGTERM):
@@ -766,15 +807,17 @@ def from_all_ranks(value, world):
     return [int(each) for each in values]
 
 def flops_per_image(args, shape):
-    """Floating-point operations of a training step for one image (C, H, W), in all views: forward and backward.
+    """Floating-point operations of a training step for one image (C, H, W), in all its views.
 
     MeanFlow's derivative and guidance, REPA's projector and the loss terms are not counted.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = build_model(args.model, in_channels=shape[0], input_size=shape[-1])
         net(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
-    forward = counter.get_total_flops() * (2 if args.contrastive else 1)
-    return 3 * forward  # backward takes twice what forward takes
+    passes = 3  # backward takes twice what forward takes
+    if args.contrastive:
+        passes = 6
+    return passes * counter.get_total_flops()
 
 def train(args, data, held_out, rank, world, device):
     # the model, its EMA and the optimiser
@@ -801,11 +844,12 @@ def train(args, data, held_out, rank, world, device):
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
     if rank == 0:
         name = torch.cuda.get_device_name() if device.type == "cuda" else device
-        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
-              f"{steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images {data.shape} "
-              f"in batches of {args.batch}; {world} x {name}, {args.dtype}", flush=True)
+        epochs = steps * args.batch / len(data.rows)
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to "
+              f"{steps:,}: {epochs:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of "
+              f"{args.batch}; {world} x {name}, {args.dtype}", flush=True)
         if first > steps:
-            print(f"{recorder.out} is at step {first:,} already, beyond the {steps:,} that are asked for: nothing is done")
+            print(f"the run is at step {first:,} already, beyond these {steps:,}: nothing is left to do")
 
     # each rank takes its share of the batch, in passes of `micro` samples
     share = args.batch // world
@@ -817,7 +861,8 @@ def train(args, data, held_out, rank, world, device):
     for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
         for begin in range(0, share, micro):
-            parallel.require_backward_grad_sync = begin + micro == share  # DDP's: exchange in the last pass
+            # DDP's switch: exchange gradients in the last pass alone
+            parallel.require_backward_grad_sync = begin + micro == share
             part = [tensor[begin:begin + micro] for tensor in batch]
             total, terms = parallel(step, mine.start + begin, *part)
             (total * micro / share).backward()
@@ -843,25 +888,29 @@ def train(args, data, held_out, rank, world, device):
         recorder.record(step + 1, stopped_by)
         if stopped_by:
             break
-    stopped_by = max(from_all_ranks(max(signals, default=0), world))  # also what came during the last step
+    # a signal may also have come during the last step
+    stopped_by = max(from_all_ranks(max(signals, default=0), world))
     if rank == 0:
         locked.close()
     if stopped_by:
         if rank == 0:
-            print(f"{signal.Signals(stopped_by).name}: saved at step {recorder.logged:,}; the same command goes on")
+            name = signal.Signals(stopped_by).name
+            print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
         sys.exit(128 + stopped_by)
 
 def main(argv=None):
     args = parse(argv)
     rank, world, device = start()
     if args.images:
-        if not args.cache_only:  # what will be cached has this shape
-            side = args.size if args.vae == "none" else args.size // 8
-            check_data(args, world, (3 if args.vae == "none" else 4, side, side))
+        shape = (3, args.size, args.size)  # of what will be cached
+        if args.vae != "none":
+            shape = (4, args.size // 8, args.size // 8)
+        if not args.cache_only:
+            check_data(args, world, shape)
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
-    data = Data.open(args.data) if args.data else Data(*demo_data())
+    data = Data.open(args.data) if args.data else demo_data()
     check_data(args, world, data.shape)
     if args.repa:
         data.add_features(args.repa)
@@ -873,7 +922,8 @@ def main(argv=None):
         held_out.labels[:] = len(data.classes)
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
-        print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
+        print(f"see {args.out}/samples; next: "
+              f"python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
 
 if __name__ == "__main__":
     run(main)
