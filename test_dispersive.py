@@ -742,6 +742,10 @@ def test_images_become_latents_then_a_model_then_samples_then_a_distance(base, p
     assert latents.dtype == np.float16 and latents.shape == (48, 2, 8, 2, 2)
     for view, image in enumerate((x, x.flip(-1))):
         close(latents[0, view], torch.cat(SmallVAE().encode(image), 1)[0], 2e-3)
+    again = ["--images", photos / "images", "--data", "cache", "--size", 16, "--cache-only", "--vae"]
+    trains(*again, "renamed")  # the same weights, though
+    with mock.patch.object(train, "fingerprint", lambda vae: "other weights"):
+        assert "was begun with other vae" in fails(train.main, capsys, *again, "ema")
     sample.main(["--ckpt", "out/ckpt.pt", "--n", "4", "--steps", "1", "--out", "new"])
     assert 0 <= numbers_of(capsys, "new", "new", "--size", 16)["FID"] < 1e-6
 
@@ -1137,6 +1141,10 @@ BAD_FLAGS = [
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "--batch 40 must be a multiple of ranks x --micro, 1 x 40"),
     ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
+    ("--images x --data y --size 20", "--size 20: the VAE needs a multiple of 8"),
+    ("--steps 2 --epochs 2", "--steps and --epochs: expected one"), ("--wandb", "--wandb: not installed"),
+    ("--images x --data y --model SiT-nano/8 --size 32", "--model SiT-nano/8: its patches do not divide data of size 4"),
+    ("--images x --data y --batch 40", "--batch 40 must be"), ("--images x --data y --val z --size 64", "z/labels.npy: No"),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
     ("--objective meanflow --meanflow-kappa 0.5 --label-dropout 0", "need the null label")]

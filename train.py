@@ -12,6 +12,7 @@ order of sums.
 import argparse
 import collections
 import colorsys
+import contextlib
 import copy
 import fcntl
 import functools
@@ -141,11 +142,13 @@ def check_flags(args, depth):
     rules = [
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
+        (args.images and args.vae != "none" and args.size % 8,
+         f"--size {args.size}: the VAE needs a multiple of 8"),
         (args.steps and args.epochs, "--steps and --epochs: expected one of them, not both"),
         (guided and args.label_dropout == 0,
          "--meanflow-omega and --meanflow-kappa need the null label: a --label-dropout above 0"),
         (args.contrastive and args.disp == "none", "--contrastive needs a --disp other than none"),
-        (args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
+        (args.repa and args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
         (args.wandb and not has_wandb, "--wandb: not installed: pip install wandb")]
     for broken, message in rules:
         if broken:
@@ -251,7 +254,8 @@ def check_same_cache(target, meta):
     before = read_json(target / "meta.json")
     differ = [name for name in ("classes", "size", "images") if before.get(name) != meta[name]]
     other_kind = (before.get("vae") == "none") != (meta["vae"] == "none")
-    other_weights = "vae_sha256" in meta and before.get("vae_sha256") != meta["vae_sha256"]
+    key = "vae_sha256" if "vae_sha256" in before else "vae"  # older caches hold the name alone
+    other_weights = "vae_sha256" in meta and before.get(key) != meta[key]
     if other_kind or other_weights:
         differ.append("vae")
     if differ:
@@ -336,7 +340,7 @@ class Data:
 
     def __init__(self, latents, labels, classes, vae="none", vae_sha256=None):
         self.latents, self.labels, self.classes = latents, labels, classes
-        self.vae, self.vae_sha256 = vae, vae_sha256 or vae  # where to find it; what it holds
+        self.vae, self.vae_sha256 = vae, vae_sha256  # where to find it; what it holds
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
         self.shape = (3 if self.pixels else 4,) + latents.shape[-2:]
@@ -364,6 +368,11 @@ class Data:
         if len(self.features) != len(self.labels):
             found = len(self.features)
             raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {found}")
+
+    def has_same_vae(self, other):
+        if self.vae_sha256 and other.vae_sha256:
+            return self.vae_sha256 == other.vae_sha256
+        return self.vae == other.vae  # of older caches the name alone is known
 
     def contents(self):
         """What tells these data from others: checksums, of large arrays those of about 64 rows."""
@@ -399,7 +408,7 @@ def read_entries(array, *index):
     them, which is many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[len(index) - 1]
-        with open(array.filename, "rb") as file:
+        with contextlib.suppress(OSError), open(array.filename, "rb") as file:  # it is only a hint
             for begin in np.dot(array.strides[:len(index)], index):
                 begin = array.offset + int(begin)
                 os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
@@ -615,6 +624,8 @@ class Recorder:
         self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
         self.config = {name: value for name, value in vars(args).items() if name not in FREE}
         self.config.update(losses.data.contents())
+        if not args.repa:
+            del self.config["repa_block"]  # it plays no part
         self.parts = dict(model=losses.net, ema=ema, projector=losses.projector, opt=optimizer)
         self.flops = flops_per_image(args, losses.data.shape)
         self.decode = None
@@ -628,7 +639,7 @@ class Recorder:
         if len(set(from_all_ranks(step, self.world))) > 1:
             raise UserError(f"--out {self.out}: the ranks find different checkpoints there; it must be "
                             "a directory that they share")
-        self.logged, self.since = step, time.time()
+        self.logged = step
         if self.rank > 0:
             return step
         # what follows the checkpoint will be logged again; a torn line is cut
@@ -824,7 +835,7 @@ def train(args, data, held_out, rank, world, device):
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or default_dtype(device)
     if device.type == "cuda" and args.dtype == "bf16":
-        torch.set_float32_matmul_precision("high")  # TF32, for the matrices of the dispersive loss
+        torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
     losses = Losses(args, data, device).to(device)
     net = losses.net
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -858,6 +869,7 @@ def train(args, data, held_out, rank, world, device):
     todo = range(first, steps)
     stopped_by = 0
     signals = note_signals()
+    recorder.since = time.time()
     for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
         for begin in range(0, share, micro):
@@ -915,7 +927,7 @@ def main(argv=None):
     if args.repa:
         data.add_features(args.repa)
     held_out = Data.open(args.val) if args.val else data
-    if held_out.classes != data.classes or held_out.vae_sha256 != data.vae_sha256:
+    if held_out.classes != data.classes or not held_out.has_same_vae(data):
         raise UserError(f"--val {args.val}: its classes or VAE differ from the training data's")
     if args.label_dropout == 1:
         data.labels[:] = len(data.classes)  # the null label, in grids and validation too
