@@ -24,9 +24,11 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
         "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n
-    group: compare only so many consecutive samples, and average over groups. Default: all; paper: 16.
-    Returns a scalar in at least float32 to add to the loss, in the paper times 0.5. Its second
-    derivatives are NaN. ValueError for an unknown kind or a group that does not fit.
+    group: compare each sample only with those of its group, so many consecutive samples, and average
+        over the groups. Default: one group; the paper: 16.
+    Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. It can
+    be differentiated once: second derivatives would be wrong, and are NaN or infinite instead.
+    ValueError for an unknown kind or a group that does not divide B.
 
     D is divided by dim because a sum over thousands of features makes exp(-D / tau) underflow to zero
     for all pairs of different samples: the loss is then a constant, without gradient.
@@ -57,7 +59,8 @@ def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
     """The dispersive loss of distances D (groups, n, n), for every kind but "covariance"."""
     if kind == "hinge":
         return (margin - D).relu().square().mean()
-    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(D[0].numel())
+    n = D.shape[-1]
+    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(n ** 2)
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
     """The contrastive counterparts of dispersive_loss; z_pos is a second view of every sample.
@@ -140,14 +143,15 @@ def gram(z):
     groups, n, _ = z.shape
     rows = z.flatten(0, 1)  # one product of all rows: GPUs are slow at many small products
     with torch.autocast(z.device.type, enabled=False):  # which would round to 16 bits
-        half = rows @ rows.detach().mT  # (groups * n, groups * n)
+        products = rows @ rows.detach().mT  # (groups * n, groups * n)
     each = torch.arange(groups, device=z.device)
-    half = half.unflatten(1, (groups, n)).unflatten(0, (groups, n))[each, :, each]
-    # With one factor held fixed, `half` has half of the gradient. The matrix is symmetric, so its
-    # transpose has the other half: this saves the backward pass the second of its two products.
-    change = half - half.detach()  # zero, with the gradient of half
-    nan = change.pow(1.5)  # adds zero to the gradient, and turns wrong second derivatives into NaN
-    return half.detach() + change + change.mT + nan
+    products = products.unflatten(1, (groups, n)).unflatten(0, (groups, n))
+    products = products[each, :, each]  # the blocks on the diagonal, (groups, n, n)
+    # One factor was held fixed, so these products carry half of the gradient. They are symmetric, so
+    # their transposes carry the other half: the backward pass needs one large product, not two.
+    change = products - products.detach()  # zero, with half of the gradient
+    no_second = change.pow(1.5)  # zero, with zero gradient; its second derivative is infinite
+    return products.detach() + change + change.mT + no_second
 
 def diagonal_of(x):
     """(groups, n, n) -> (groups, n). torch 2.13 on CPUs may compile Tensor.diagonal's gradient wrongly."""
@@ -198,7 +202,7 @@ class PatchEmbedder(nn.Module):
         x = self.proj(x).flatten(2).transpose(1, 2)
         return x.contiguous()  # in memory, too: else every layer norm copies its input
 
-class LabelEmbedder(nn.Module):
+class LabelEmbedder(nn.Module):  # a class only so that the parameter has its published name
     def __init__(self, labels, dim):
         super().__init__()
         self.embedding_table = nn.Embedding(labels, dim)
@@ -207,7 +211,8 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 def position_embedding(dim, side):
-    """Fixed sinusoids for side x side tokens, (1, side*side, dim): columns first, then rows."""
+    """Fixed sinusoids for side x side tokens, (1, side*side, dim). The first half of dim says the
+    column, the second half the row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], -1).float()  # (side, dim/2)
@@ -270,8 +275,8 @@ class DiT(nn.Module):
     input_size, in_channels: images are (in_channels, input_size, input_size).
     class_dropout_prob: if positive, the null label num_classes exists. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
-    second_time: MeanFlow's second time r. Its embedder starts as zero: a SiT's weights still give
-        that SiT.
+    second_time: MeanFlow's second time r. Its embedder puts out zero at first, so that the model
+        still computes what a SiT does whose weights it is given.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
@@ -420,7 +425,7 @@ class FlowMatching:
         """Integrate from noise (B, C, H, W) with labels y (B,) to samples, in `steps` intervals.
 
         method: "heun" (the paper's), "euler", or "sde": Euler-Maruyama on SiT's reverse SDE with
-            diffusion 1 - t, the last interval 0.04 long and without noise.
+            diffusion 1 - t; of two steps or more, the last is 0.04 long and without noise.
         cfg: scale of guidance for t in cfg_interval, on the first cfg_channels channels (default:
             all; the published DiT and SiT code guides 3 of 4). noise_fn(k) gives step k's noise.
         """
@@ -431,15 +436,15 @@ class FlowMatching:
             scale = cfg if min(cfg_interval) <= t <= max(cfg_interval) else 1
             return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
 
-        times = [k / steps for k in range(steps + 1)]
+        grid = [k / steps for k in range(steps + 1)]
         if method == "sde":
-            times = [0.96 * k / max(1, steps - 1) for k in range(steps)] + [1.0]
+            grid = [0.96 * k / max(1, steps - 1) for k in range(steps)] + [1.0]
         x = noise
         for k in range(steps):
-            t, dt = times[k], times[k + 1] - times[k]
+            t, dt = grid[k], grid[k + 1] - grid[k]
             v = velocity(x, t)
             if method == "heun":
-                v = (v + velocity(x + dt * v, times[k + 1])) / 2
+                v = (v + velocity(x + dt * v, grid[k + 1])) / 2
             if method == "sde":
                 v = (1 + t) * v - x  # velocity + diffusion * score, score = (t*v - x) / (1-t)
             x = x + dt * v
@@ -464,7 +469,7 @@ def chain_constants(abar, device):
 def posterior(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
 
-    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15, where v is from -1 to 1.
+    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_variance, v = 1 log_beta.
     """
     mean = chain["x_scale"][k] * x_t - chain["eps_scale"][k] * eps
     low, high = chain["log_variance"][k], chain["log_beta"][k]
@@ -503,7 +508,7 @@ class GaussianDiffusion:
         self.chains = {}  # the constants by device; copying them in every step would wait for it
 
     def times(self, n, generator=None, device=None):
-        """n training steps (n,), uniform in 0..999."""
+        """n step numbers (n,), uniform in 0..999."""
         return torch.randint(1000, (n,), generator=generator, device=device or generator.device)
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
@@ -550,8 +555,8 @@ class GaussianDiffusion:
         """From noise (B, C, H, W) with labels y (B,) to samples, by `steps` of the 1000 steps.
 
         method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al.
-            2020, arXiv 2010.02502) is Euler's method on the ODE of `euler_in_sigma`, "heun" is
-            Heun's, but for the last interval.
+            2020, arXiv 2010.02502) is Euler's method on the ODE of `euler_in_sigma`. "heun" is
+            Heun's method, with a step of Euler's in the last interval.
         The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds
         t = 1 / (1 + sigma), the time at which SiT's path has the same signal-to-noise ratio.
         """
@@ -593,8 +598,8 @@ class MeanFlow:
     Geng et al. 2025, arXiv 2505.13447, whose time runs the other way, from data at 0 to noise at 1.
     every: one sample in `every` has r != t, the others are flow matching.
     omega, kappa, interval: guidance in training, of scale omega / (1 - kappa). For t in the interval
-        and labels that are not null, omega * v + kappa * u(y) + (1 - omega - kappa) * u(null), at
-        r = t, replaces v.
+        and labels other than null, the velocity v is replaced by
+        omega * v + kappa * u(y) + (1 - omega - kappa) * u(null), with u at r = t.
     """
 
     methods = ("average",)
@@ -605,6 +610,7 @@ class MeanFlow:
 
     def moving(self, n, position=0):
         """Index of those among n samples, the first at `position` in the batch, that have r != t."""
+        # they are at the positions that `every` divides: the first is -position % every further on
         return slice(-position % self.every, n, self.every)
 
     def times(self, n, generator=None, device=None):
@@ -619,8 +625,9 @@ class MeanFlow:
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), moving=slice(None)):
         """Mean squared error per sample (B,), to be passed through `weight`, and the activations.
 
-        As FlowMatching.loss; r (B,) is drawn with t, or t by default. The model must not be wrapped
-        in DistributedDataParallel. moving: index of the samples with r != t (default: all).
+        As FlowMatching.loss. Without t, both t and r (B,) are drawn; without r alone, r = t. The model
+        must not be wrapped in DistributedDataParallel. moving: index of the samples with r != t, for
+        which the derivative is computed (default: all).
         """
         if t is None:
             t, r = self.times(len(x), device=x.device)
@@ -628,7 +635,7 @@ class MeanFlow:
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
         x_t = (noise + t.view(-1, 1, 1, 1) * velocity).to(x.dtype)
-        target = self.target(model, x_t, y, t, r, velocity, moving)
+        target = self.average_velocity(model, x_t, y, t, r, velocity, moving)
         out, activations = model(x_t, t, y, r, blocks=blocks)
         return per_sample((out[:, :x.shape[1]] - target).square()), activations
 
@@ -638,40 +645,42 @@ class MeanFlow:
         return total / (total.detach() + 0.01)
 
     @torch.no_grad()
-    def target(self, net, x_t, y, t, r, v, moving):
+    def average_velocity(self, model, x_t, y, t, r, v, moving):
         """The MeanFlow identity, eq. 6 of its paper, with r held fixed: u = v + (r - t) * du/dt."""
-        v = self.guide(net, x_t, y, t, v)
+        v = self.guide(model, x_t, y, t, v)
 
-        def average_velocity(x, t):
-            out, _ = net(x, t, y[moving], r[moving])
+        def predict(x, t):
+            out, _ = model(x, t, y[moving], r[moving])
             return out[:, :x.shape[1]]
 
         point = (x_t[moving], t[moving])
         direction = (v[moving].to(x_t.dtype), torch.ones_like(t[moving]))  # dx/dt = v, dt/dt = 1
         # forward-mode differentiation works neither in fused attention nor in compiled code
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            _, derivative = torch.func.jvp(average_velocity, point, direction)
-        torch.clear_autocast_cache()  # of weights that were cast here, without gradients
+            _, derivative = torch.func.jvp(predict, point, direction)
+        # else the next forward pass would use the weights that autocast cast here, without gradients
+        torch.clear_autocast_cache()
         u = v.clone()
         u[moving] += (r - t)[moving].view(-1, 1, 1, 1) * derivative
         return u
 
-    def guide(self, net, x_t, y, t, v):
+    def guide(self, model, x_t, y, t, v):
         """The velocity v, guided as omega, kappa and interval say."""
         if self.omega == 1 and self.kappa == 0:
             return v
-        null = null_labels(net, y)
-        out, _ = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))  # r = t
+        null = null_labels(model, y)
+        out, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))  # r = t
         cond, uncond = out[:, :x_t.shape[1]].chunk(2)
         mixed = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
         applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
         return torch.where(applies.view(-1, 1, 1, 1), mixed, v)
 
     @torch.no_grad()
-    def sample(self, model, noise, y, steps=1, method="average", cfg=1.0, **others):
+    def sample(self, model, noise, y, steps=1, method="average", cfg=1.0, cfg_interval=None,
+               cfg_channels=None, noise_fn=None):
         """From noise (B, C, H, W) with labels y (B,) to samples, in `steps` equal intervals.
 
-        cfg other than 1 is a ValueError; the others of FlowMatching.sample's arguments have no effect.
+        cfg other than 1 is a ValueError. The last three arguments have no effect.
         """
         check_sampling(self, noise, method)
         if cfg != 1:

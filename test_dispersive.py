@@ -446,11 +446,12 @@ def test_data_of_every_type_train_and_sample_with_times_in_float32(objective, dt
 def test_diffusions_noise_learns_from_the_squared_error_alone_and_its_variance_from_the_bound(t):
     """Whose gradient is that of central differences; the golden numbers above are for their values."""
     x, noise, out, h = images(1, 2), images(2, 2), rn(3, 2, 6, 8, 8).double(), 1e-4
-    loss = lambda out: GaussianDiffusion().loss(lambda *args, blocks: (out, []), x, None, torch.tensor([t, t]), noise)[0].sum()
+    step, net = torch.tensor([t, t]), lambda out: lambda *args, blocks: (out, [])
+    loss = lambda out: GaussianDiffusion().loss(net(out), x, None, step, noise)[0].sum()
     gradient = value_and_gradient(loss, out)[1]
     close(gradient[:, :3], 2 * (out[:, :3] - noise) / 192, 1e-6)
-    step = torch.cat([0 * noise, h * images(4, 2)], 1)
-    close((gradient * step).sum(), (loss(out + step) - loss(out - step)) / 2, 1e-2)
+    change = torch.cat([0 * noise, h * images(4, 2)], 1)
+    close((gradient * change).sum(), (loss(out + change) - loss(out - change)) / 2, 1e-2)
 
 def test_diffusion_spacing_is_the_published_one():
     spaced = GaussianDiffusion().spaced
@@ -884,8 +885,8 @@ def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(
     close(column("b", "val"), column("a", "val"), 1e-5)
     trains("--data", base[1], *NANO, *still, "--val", data_folder("few", pixels[:100]), "--out", "c")
     close(column("c", "val"), [[((pixels[:100] / 127.5 - 1) ** 2).mean() + 1]], 2e-2)  # a fresh network says zero
-    for args, other, words in ((base, data_folder("small", pixels[:2, :, :8, :8]), "its shape differs"),
-                               (latents, data_folder("mse", np.load("data/latents.npy"), vae="mse"), "its classes or VAE")):
+    small, mse = data_folder("small", pixels[:2, :, :8, :8]), data_folder("mse", np.load("data/latents.npy"), vae="mse")
+    for args, other, words in ((base, small, "its shape differs"), (latents, mse, "its classes or VAE")):
         assert words in fails(train.main, capsys, *args, "--val", other)
 
 def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_label(base, monkeypatch):
@@ -913,6 +914,8 @@ def test_the_log_counts_epochs_and_operations(base):
     trains(*base, "--epochs", 3, "--contrastive", "independent")  # 3 x 48 images in batches of 32
     trains(*base, "--batch", 480, "--out", "default")  # 80 x 48
     assert column("out", "step")[-1] == [4] and column("default", "step")[-1] == [8]
+    (at, lr), *_ = column("out", "time", "lr")
+    assert abs(time.time() - at) < 600 and lr == 1e-3
     tokens, width, blocks = 4, 32, 8
     multiplications = (blocks * ((12 * tokens + 6) * width ** 2 + 2 * tokens ** 2 * width)  # of one forward pass
                        + tokens * width * 3 * 64 * (1 + 2) + 2 * width ** 2 + (256 + width) * width)
@@ -1143,8 +1146,9 @@ BAD_FLAGS = [
     ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
     ("--images x --data y --size 20", "--size 20: the VAE needs a multiple of 8"),
     ("--steps 2 --epochs 2", "--steps and --epochs: expected one"), ("--wandb", "--wandb: not installed"),
-    ("--images x --data y --model SiT-nano/8 --size 32", "--model SiT-nano/8: its patches do not divide data of size 4"),
-    ("--images x --data y --batch 40", "--batch 40 must be"), ("--images x --data y --val z --size 64", "z/labels.npy: No"),
+    ("--images x --data y --model SiT-nano/8 --size 32", "SiT-nano/8: its patches do not divide data of size 4"),
+    ("--images x --data y --batch 40", "--batch 40 must be"),
+    ("--images x --data y --size 64 --val z", "z/labels.npy: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
     ("--objective meanflow --meanflow-kappa 0.5 --label-dropout 0", "need the null label")]

@@ -44,7 +44,8 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
                     read_image, read_json, run, save_grid, start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# Flags that may change when a run goes on: silently, or logged. Data are compared by content.
+# When a run goes on, flags in FREE may change, and those in LOGGED may, with a line in the log. All
+# others must stay. For data, vae and repa, `Data.contents` stands in the config instead of the path.
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb",
         "snapshot_every", "out", "init", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
@@ -61,7 +62,7 @@ def parse(argv):
 
     # data; without --data and --images: the demo
     flag("--data", metavar="DIR", help="directory of cached latents or pixels")
-    flag("--images", metavar="FOLDER", help="cache this folder of class folders in --data first")
+    flag("--images", metavar="FOLDER", help="cache this folder, with a folder per class, in --data")
     flag("--size", type=number(int, 8), default=256, help="crop and resize images to this (256)")
     flag("--vae", help="ema, mse or a path: cache Stable Diffusion's latents (ema); none: pixels")
     flag("--cache-only", action="store_true", help="stop after caching")
@@ -73,12 +74,12 @@ def parse(argv):
     flag("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
     flag("--steps", type=count, help="instead of --epochs (demo: 1500)")
     flag("--batch", type=count, default=256, help="of all ranks (256; demo: 32, or 16 a rank)")
-    flag("--micro", type=count, help="images a forward pass on each rank; default: all its share")
+    flag("--micro", type=count, help="images per forward pass and rank; default: all its share")
     flag("--init", metavar="FILE", help="start from a checkpoint's weights, own or published")
     flag("--lr", type=amount, default=1e-4, help="learning rate (1e-4; demo: 1e-3)")
     flag("--beta2", type=number(float, 0, 0.999999), help="of AdamW (0.999; MeanFlow: 0.95)")
     flag("--ema", type=share, default=0.9999, help="decay, warmed up (0.9999; demo: 0.99)")
-    flag("--grad-clip", type=amount, default=0.0, help="largest gradient norm; 0: any (0)")
+    flag("--grad-clip", type=amount, default=0.0, help="largest gradient norm; 0: no clipping (0)")
     flag("--label-dropout", type=share, default=0.1, help="share (0.1); 1: train without labels")
     flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of all that is drawn (0)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
@@ -101,9 +102,9 @@ def parse(argv):
          help="the times that are guided (0 1)")
     # output
     flag("--out", default="out", help="directory of the run, which is continued if it exists (out)")
-    flag("--log-every", type=count, default=100, help="steps a log line (100; demo: 50)")
-    flag("--ckpt-every", type=count, default=5000, help="steps a checkpoint (5000; demo: 400)")
-    flag("--sample-every", type=count, default=10000, help="steps a grid (10000; demo: 400)")
+    flag("--log-every", type=count, default=100, help="steps per log line (100; demo: 50)")
+    flag("--ckpt-every", type=count, default=5000, help="steps per checkpoint (5000; demo: 400)")
+    flag("--sample-every", type=count, default=10000, help="steps per grid (10000; demo: 400)")
     flag("--snapshot-every", type=count, help="keep the EMA of every so many steps")
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
 
@@ -127,7 +128,7 @@ def parse(argv):
 def parse_blocks(args, depth):
     """--disp-blocks -> sorted numbers of blocks; none without dispersion."""
     text = args.disp_blocks or str(depth // 4)
-    known = [str(number) for number in range(1, depth + 1)]
+    known = [str(block) for block in range(1, depth + 1)]
     chosen = known if text == "all" else text.split(",")
     if not set(chosen) <= set(known):
         raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
@@ -274,8 +275,8 @@ def begin_cache(target, meta, count, shape, dtype):
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: meta.json, then latents.npy, last labels.npy.
 
-    Until then labels are in labels.new.npy, -2 where an image is not cached yet: an interrupted run
-    goes on there. -1 is an unreadable image.
+    Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so that
+    an interrupted run knows where to go on. -1 is an unreadable image.
     """
     folder, target = Path(args.images), Path(args.data)
     latents, marks, finished = target / "latents.npy", target / "labels.new.npy", target / "labels.npy"
@@ -491,7 +492,7 @@ class Losses(nn.Module):
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
         if args.init:
-            initialize(self.net, args.init)
+            load_initial_weights(self.net, args.init)
         self.projector = nn.Identity()
         blocks = set(args.disp_blocks)
         if args.repa:
@@ -562,8 +563,8 @@ class Losses(nn.Module):
         return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": L_disp, the mean over the blocks}, and for the kinds that compute distances their
-        mean as "distance". The first n samples of the activations are the first view."""
+        """{"disp": L_disp, the mean over the blocks}, and for "infonce" and "hinge" without a second
+        view the mean "distance". The first n samples of the activations are the first view."""
         kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
         group = self.args.disp_group
         losses, distances = [], []
@@ -602,9 +603,9 @@ def nearby_times(t, shift):
         return (t + 0.005 * shift).clamp(0, 1)
     return (t + 0.005 * 999 * shift).clamp(0, 999).round().long()
 
-def initialize(net, path):
-    """Load a checkpoint's weights. It may lack two embeddings, which then stay as they are: that of
-    the labels, where the classes are others, and that of MeanFlow's second time."""
+def load_initial_weights(net, path):
+    """Load a checkpoint's weights. Two embeddings stay as they are where it lacks them or has them in
+    another shape: that of the labels, and that of MeanFlow's second time."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -642,7 +643,7 @@ class Recorder:
         self.logged = step
         if self.rank > 0:
             return step
-        # what follows the checkpoint will be logged again; a torn line is cut
+        # drop what follows the checkpoint, since it will be logged again, and an unfinished last line
         lines = self.log.read_text().splitlines(True) if self.log.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if changes:
@@ -664,7 +665,8 @@ class Recorder:
         return bool(every) and (done % every == 0 or done == self.steps)
 
     def record(self, done, stopped_by):
-        """All that is due after `done` steps; the checkpoint last, so that a killed run does it again."""
+        """All that is due after `done` steps. The checkpoint is written last: a run that is killed
+        before repeats these steps and what is due at them."""
         args = self.args
         log, sample = self.is_due(args.log_every, done), self.is_due(args.sample_every, done)
         ckpt, snapshot = self.is_due(args.ckpt_every, done), self.is_due(args.snapshot_every, done)
@@ -697,7 +699,7 @@ class Recorder:
         line = dict(zip(self.sums, values.tolist()))  # waits for the device
         if not np.isfinite(list(line.values())).all():
             raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or the gradient is not "
-                            "finite; no checkpoint has it: go on with a smaller --lr, --grad-clip 1 or "
+                            "finite; no checkpoint has been written since: go on with a smaller --lr, --grad-clip 1 or "
                             "--dtype fp32")
         if args.disp_blocks and not args.contrastive:
             line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau,
@@ -745,7 +747,7 @@ class Recorder:
         for name, value in line.items():
             if isinstance(value, list):
                 value = [value[0], value[len(value) // 2], value[-1]]
-            texts.append(f"{name} " + " ".join(f"{number:.4g}" for number in np.ravel(value)))
+            texts.append(f"{name} " + " ".join(f"{one:.4g}" for one in np.ravel(value)))
         left = timedelta(seconds=int((self.steps - done) * self.args.batch / line["images/s"]))
         print(f"step {done:,}/{self.steps:,}  {'  '.join(texts)}  left {left}", flush=True)
         entry = dict(step=done, time=time.time(), lr=self.args.lr, **line)
@@ -797,7 +799,8 @@ def load_checkpoint(out, config, parts):
 # The loop
 
 def note_signals():
-    """Note Ctrl-C and SIGTERM in the dict returned; one a second after the first exits at once."""
+    """Note Ctrl-C and SIGTERM in the dict returned. One that comes more than a second after the first
+    exits at once."""
     noted = {}  # signal: when it first came
 
     def note(which, frame):
@@ -816,6 +819,10 @@ def from_all_ranks(value, world):
     values = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
     dist.all_gather(values, torch.tensor([value]))
     return [int(each) for each in values]
+
+def signal_on_any_rank(noted, world):
+    """The number of a signal that some rank has noted, or 0."""
+    return max(from_all_ranks(max(noted, default=0), world))
 
 def flops_per_image(args, shape):
     """Floating-point operations of a training step for one image (C, H, W), in all its views.
@@ -863,22 +870,21 @@ def train(args, data, held_out, rank, world, device):
             print(f"the run is at step {first:,} already, beyond these {steps:,}: nothing is left to do")
 
     # each rank takes its share of the batch, in passes of `micro` samples
-    share = args.batch // world
-    micro = args.micro or share
-    mine = slice(rank * share, (rank + 1) * share)
+    per_rank = args.batch // world
+    micro = args.micro or per_rank
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
     todo = range(first, steps)
-    stopped_by = 0
     signals = note_signals()
     recorder.since = time.time()
     for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
-        for begin in range(0, share, micro):
-            # DDP's switch: exchange gradients in the last pass alone
-            parallel.require_backward_grad_sync = begin + micro == share
+        for begin in range(0, per_rank, micro):
+            # DDP's switch: exchange gradients in the last pass alone; without DDP it has no effect
+            parallel.require_backward_grad_sync = begin + micro == per_rank
             part = [tensor[begin:begin + micro] for tensor in batch]
             total, terms = parallel(step, mine.start + begin, *part)
-            (total * micro / share).backward()
-            recorder.add(terms, micro / share)
+            (total * micro / per_rank).backward()
+            recorder.add(terms, micro / per_rank)
 
         # clip
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
@@ -896,12 +902,11 @@ def train(args, data, held_out, rank, world, device):
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
         # log, draw, save; the ranks agree whether one of them got a signal
-        stopped_by = max(from_all_ranks(max(signals, default=0), world))
+        stopped_by = signal_on_any_rank(signals, world)
         recorder.record(step + 1, stopped_by)
         if stopped_by:
             break
-    # a signal may also have come during the last step
-    stopped_by = max(from_all_ranks(max(signals, default=0), world))
+    stopped_by = signal_on_any_rank(signals, world)  # one may also have come during the last step
     if rank == 0:
         locked.close()
     if stopped_by:
@@ -926,7 +931,9 @@ def main(argv=None):
     check_data(args, world, data.shape)
     if args.repa:
         data.add_features(args.repa)
-    held_out = Data.open(args.val) if args.val else data
+    held_out = data
+    if args.val:
+        held_out = Data.open(args.val)
     if held_out.classes != data.classes or not held_out.has_same_vae(data):
         raise UserError(f"--val {args.val}: its classes or VAE differ from the training data's")
     if args.label_dropout == 1:
