@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -394,17 +395,22 @@ def run(main, argv=None):
         barrier()  # the other ranks may still need this one
     except (UserError, KeyboardInterrupt) as error:
         if rank > 0:
-            time.sleep(5 + rank)  # the lowest rank in trouble speaks
+            wait_for_the_end(5 + rank)  # the lowest rank in trouble speaks
         program = Path(main.__code__.co_filename).stem
         message = " ".join(str(error).split()) or "interrupted"
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 130)
     except RuntimeError:
         if "RANK" in os.environ:
-            time.sleep(10)  # perhaps the connection to a rank that has exited, and has said why
+            wait_for_the_end(10)  # perhaps it is a rank that is gone, and has said why
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+def wait_for_the_end(seconds):
+    """Give torchrun time to end this rank by SIGTERM, which train.py would only take note of."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
 
 def start(device=None):
     """Pick CUDA, else MPS, else CPU; join torchrun's group -> (rank, number of ranks, device)."""
