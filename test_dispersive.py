@@ -759,7 +759,10 @@ def test_every_epoch_reads_every_entry_once():
 def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     moments = np.random.default_rng(0).normal(size=(6, 2, 8, 4, 4)).astype(np.float16)
     data = train.Data.open(data_folder("data", moments, [0, -1, 1, 0, 1, 0], "ema"))
-    x, labels = data.read(np.array([4, 1]), np.array([False, True]))
+    with mock.patch.object(os, "posix_fadvise", create=True) as asked:
+        x, labels = data.read(np.array([4, 1]), np.array([False, True]))
+    content, wanted = Path("data/latents.npy").read_bytes(), [moments[5, 0].tobytes(), moments[2, 1].tobytes()]
+    assert [content[begin:begin + size] for (_, begin, size, _), _ in asked.call_args_list] == wanted
     mean, std = torch.from_numpy(np.stack([moments[5, 0], moments[2, 1]]).astype(np.float32)).chunk(2, 1)
     losses = train.Losses(train.parse(["--model", "SiT-nano/2"]), data, CPU)
     draws = train.Draws(3, 7, 8, slice(2, 4), CPU)
