@@ -519,9 +519,10 @@ class Losses(nn.Module):
 
         # a second view of the same samples, to contrast the first with; it always has r = t
         if args.contrastive:
-            noise2 = draws.normal("second noise", self.data.shape)
-            t2, _ = draws.times("second time", self.objective)
-            if args.contrastive == "dependent":
+            if args.contrastive == "independent":
+                noise2 = draws.normal("second noise", self.data.shape)
+                t2, _ = draws.times("second time", self.objective)
+            else:
                 noise2 = noise
                 t2 = nearby_times(t, 2 * draws.uniform("shift") - 1)
             x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, noise2])
