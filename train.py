@@ -6,13 +6,10 @@
 
 A run is a function of (config, data, seed, step). Every draw of a step has a generator of its own,
 seeded by (seed, step, purpose), which draws for the whole global batch; each rank takes its slice.
-So a run can go on from a checkpoint alone, and ranks and accumulated passes change nothing but the
-order of sums.
+So a run can go on from a checkpoint alone, and ranks and passes only change the order of sums.
 """
 import argparse
-import collections
 import colorsys
-import contextlib
 import copy
 import fcntl
 import functools
@@ -33,24 +30,22 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor,
-                        dispersive_loss, effective_rank, mean_distance, pairwise_distances,
-                        repa_loss, repa_projector, repulsion)
-from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError,
-                    atomic, barrier, center_crop, compile_blocks, default_dtype, fingerprint, generate,
-                    list_images, load_file, load_weights, lock, number, one_line_errors, open_array,
-                    read_image, read_json, run, save_grid, start, weights_in)
+from dispersive import (KINDS, MODELS, MeanFlow, build_model, contrastive_loss, dispersive_floor, dispersive_loss,
+                        effective_rank, mean_distance, pairwise_distances, repa_loss, repa_projector, repulsion)
+from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, UnreadableFile, UserError, atomic, barrier,
+                    center_crop, compile_blocks, default_dtype, fingerprint, generate, list_images, load_file,
+                    load_weights, lock, number, one_line_errors, open_array, read_image, read_json, run, save_grid,
+                    start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# When a run goes on, flags in FREE may change, and those in LOGGED may, with a line in the log. All
-# others must stay. For data, vae and repa, `Data.contents` stands in the config instead of the path.
-FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "wandb",
-        "snapshot_every", "out", "init", "val", "images", "cache_only", "size", "data", "vae", "repa"}
+# When a run goes on, flags in FREE may change, and those in LOGGED may, with a line in the log; others
+# must stay. For data, vae and repa, `Data.contents` stands in the config instead of the path.
+FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "out", "init",
+        "snapshot_every", "wandb", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
-# the demo's defaults, where there are neither --data nor --images; batch and steps are in `parse`
-DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, log_every=50, ckpt_every=400, sample_every=400)
+# the demo's defaults, where there are neither --data nor --images; its batch is in `parse`
+DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, steps=1500, log_every=50, ckpt_every=400, sample_every=400)
 
 def parse(argv):
     """The command line -> arguments, checked as far as they can be without reading a file."""
@@ -71,8 +66,9 @@ def parse(argv):
     flag("--model", choices=MODELS, default="SiT-B/2", metavar="NAME",
          help="SiT- or DiT-, then XS, S, B, L or XL, then /2, /4 or /8 (SiT-B/2; demo: SiT-XS/4)")
     flag("--objective", choices=OBJECTIVES, help="default: flow for SiT, diffusion for DiT")
-    flag("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
-    flag("--steps", type=count, help="instead of --epochs (demo: 1500)")
+    length = p.add_mutually_exclusive_group().add_argument
+    length("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
+    length("--steps", type=count, help="instead of --epochs (demo: 1500)")
     flag("--batch", type=count, default=256, help="of all ranks (256; demo: 32, or 16 a rank)")
     flag("--micro", type=count, help="images per forward pass and rank; default: all its share")
     flag("--init", metavar="FILE", help="start from a checkpoint's weights, own or published")
@@ -93,7 +89,7 @@ def parse(argv):
     flag("--disp-group", type=number(int, 2), default=16, help="samples that are compared (16)")
     flag("--contrastive", choices=["independent", "dependent"],
          help="with a second view: of its own noise and time, or of the same noise and near time")
-    flag("--repa", metavar="FILE", help="an encoder's features, .npy (N, 2, tokens, D), to align with")
+    flag("--repa", metavar="FILE", help="align with an encoder's features, .npy (N, 2, tokens, D)")
     flag("--repa-weight", type=amount, default=0.5, help="weight of that term (0.5)")
     flag("--repa-block", type=count, help="the aligned block; default: 8 for L and XL, else 4")
     flag("--meanflow-omega", type=amount, default=1.0, help="guidance in training (1)")
@@ -110,77 +106,68 @@ def parse(argv):
 
     args = p.parse_args(argv)
     if not args.data and not args.images:
-        p.set_defaults(**DEMO)
-        p.set_defaults(batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))))
-        if not args.epochs:
-            p.set_defaults(steps=1500)
+        p.set_defaults(batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))), **DEMO)
         args = p.parse_args(argv)
+    complete(args)
+    return args
+
+def complete(args):
+    """Fill in what depends on other flags, and refuse what does not go together."""
+    if args.epochs:
+        args.steps = None  # the demo's
     args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
     if args.beta2 is None:
         args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
     if args.repa_block is None:
         args.repa_block = 8 if "L/" in args.model else 4  # L and XL
     depth = MODELS[args.model]["depth"]
-    args.disp_blocks = parse_blocks(args, depth)
-    check_flags(args, depth)
-    return args
-
-def parse_blocks(args, depth):
-    """--disp-blocks -> sorted numbers of blocks; none without dispersion."""
     text = args.disp_blocks or str(depth // 4)
     known = [str(block) for block in range(1, depth + 1)]
     chosen = known if text == "all" else text.split(",")
-    if not set(chosen) <= set(known):
-        raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
-    if args.disp == "none":
-        return []
-    return sorted(int(block) for block in set(chosen))
-
-def check_flags(args, depth):
-    """Refuse flags that do not go together."""
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
-    has_wandb = importlib.util.find_spec("wandb") is not None
     rules = [
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
-        (args.images and args.vae != "none" and args.size % 8,
-         f"--size {args.size}: the VAE needs a multiple of 8"),
-        (args.steps and args.epochs, "--steps and --epochs: expected one of them, not both"),
-        (guided and args.label_dropout == 0,
-         "--meanflow-omega and --meanflow-kappa need the null label: a --label-dropout above 0"),
+        (args.images and args.vae != "none" and args.size % 8, f"--size {args.size}: the VAE needs a multiple of 8"),
+        (guided and args.label_dropout == 0, "--meanflow-omega, -kappa need the null label: a --label-dropout above 0"),
         (args.contrastive and args.disp == "none", "--contrastive needs a --disp other than none"),
+        (set(chosen) - set(known), f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3"),
         (args.repa and args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
-        (args.wandb and not has_wandb, "--wandb: not installed: pip install wandb")]
+        (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: not installed: pip install wandb")]
     for broken, message in rules:
         if broken:
             raise UserError(message)
+    if args.disp == "none":
+        chosen = []
+    args.disp_blocks = sorted(int(block) for block in set(chosen))
 
-def check_data(args, world, shape):
-    """--batch, --model, --val and --repa against the ranks and the shape (C, H, H) of the data."""
+def check_data(args, world, side):
+    """--batch, --model, --val and --repa against the ranks and the height and width of the data."""
     micro = args.micro or max(1, args.batch // world)
     group = args.disp_group if args.disp_blocks else 1
     if args.batch % (world * micro) or micro % group:
         raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, "
                         f"and --micro of --disp-group, {group} (1 without dispersion)")
     patch = MODELS[args.model]["patch_size"]
-    if shape[-1] % patch:
-        raise UserError(f"--model {args.model}: its patches do not divide data of size {shape[-1]}")
-    if args.val and Data.open(args.val).shape != shape:
-        raise UserError(f"--val {args.val}: its shape differs from the training data's, {shape}")
+    if side % patch:
+        raise UserError(f"--model {args.model}: its patches do not divide data of size {side}")
+    if args.val and Data.open(args.val).shape[-1] != side:
+        raise UserError(f"--val {args.val}: its size differs from the training data's, {side}")
     if args.repa:
-        check_features(args.repa, (shape[-1] // patch) ** 2)
+        tokens = (side // patch) ** 2
+        found = open_array(args.repa)
+        if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens):
+            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), found {found.dtype} {found.shape}")
 
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
 
 # The demo's shapes are stars: number of corners, inner radius, turn, size of the hole. Two corners
 # and inner radius 1 make a square. Each is its own mirror image, so that flips keep the class.
-SHAPES = {
-    "disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5),
-    "square": (2, 1, 1 / 8, 0), "frame": (2, 1, 1 / 8, 0.5),
-    "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0),
-    "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0),
-    "spark": (4, 0.35, 0, 0), "cross": (4, 0.35, 1 / 8, 0)}
+SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0),
+          "frame": (2, 1, 1 / 8, 0.5), "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0),
+          "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0), "spark": (4, 0.35, 0, 0),
+          "cross": (4, 0.35, 1 / 8, 0)}
 BACKGROUND = (16, 18, 32)
 
 def draw_shape(name, rng, size):
@@ -190,7 +177,6 @@ def draw_shape(name, rng, size):
     radius = large * rng.uniform(0.36, 0.44)
     center = large * rng.uniform(0.45, 0.55, 2)
     color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0)
-    color = tuple(int(255 * channel) for channel in color)
     # points at even angles, alternately at the radius and at the inner radius
     angles = 2 * math.pi * (np.arange(2 * corners) / (2 * corners) + turn)
     radii = radius * np.resize([1, inner], 2 * corners)
@@ -198,7 +184,7 @@ def draw_shape(name, rng, size):
 
     canvas = Image.new("RGB", (large, large), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    draw.polygon((center + outline).flatten().tolist(), fill=color)
+    draw.polygon((center + outline).flatten().tolist(), fill=tuple(int(255 * channel) for channel in color))
     if hole:
         draw.polygon((center + hole * outline).flatten().tolist(), fill=BACKGROUND)
     return np.asarray(canvas.resize((size, size), Image.BOX)).transpose(2, 0, 1)
@@ -214,12 +200,12 @@ def demo_data(n=4000, size=16):
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
     with ThreadPoolExecutor(1) as pool:
-        results = collections.deque()
+        coming = []
         for item in items:
-            results.append(pool.submit(function, item))
-            if len(results) == 2:
-                yield results.popleft().result()
-        for last in results:
+            coming.append(pool.submit(function, item))
+            if len(coming) == 2:
+                yield coming.pop(0).result()
+        for last in coming:
             yield last.result()
 
 def load_crop(file, label, size):
@@ -231,12 +217,11 @@ def load_crop(file, label, size):
         return np.zeros((3, size, size), np.uint8), -1
 
 def encode_views(vae, images, device):
-    """Pixels (n, 3, H, H) -> float16 mean and std (n, 2, 8, H/8, H/8) of the images' latents, and of
-    the latents of their mirror images, which are not the mirrored latents."""
+    """Pixels (n, 3, H, H) -> float16 mean and std of the latents of the images and of their mirror
+    images, (n, 2, 8, H/8, H/8). A mirror image's latent is not the mirrored latent."""
     x = torch.from_numpy(images).to(device).float() / 127.5 - 1
-    image = torch.cat(vae.encode(x), 1)  # mean and std, (n, 8, H/8, H/8)
-    mirror = torch.cat(vae.encode(x.flip(-1)), 1)
-    return torch.stack([image, mirror], 1).half().cpu().numpy()
+    views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
+    return torch.stack(views, 1).half().cpu().numpy()
 
 def write_rows(path, first, rows):
     """Write rows into an .npy file. On a full disk this is an error; mapped memory would crash."""
@@ -248,61 +233,49 @@ def write_rows(path, first, rows):
         file.flush()
         os.fsync(file.fileno())
 
-def check_same_cache(target, meta):
-    """Refuse to go on with a cache that was begun with other images or flags."""
-    if not (target / "latents.npy").exists():
-        return
-    before = read_json(target / "meta.json")
-    differ = [name for name in ("classes", "size", "images") if before.get(name) != meta[name]]
-    other_kind = (before.get("vae") == "none") != (meta["vae"] == "none")
-    key = "vae_sha256" if "vae_sha256" in before else "vae"  # older caches hold the name alone
-    other_weights = "vae_sha256" in meta and before.get(key) != meta[key]
-    if other_kind or other_weights:
-        differ.append("vae")
-    if differ:
-        differ = " and ".join(differ)
-        raise UserError(f"--data {target}: was begun with other {differ}; name another")
-
 def begin_cache(target, meta, count, shape, dtype):
-    """Write meta.json, the labels of `count` images that are not cached yet, and empty latents."""
-    with one_line_errors(target):
-        with atomic(target / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
-        np.save(target / "labels.new.npy", np.full(count, -2))
-        np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (count, *shape))
-        os.replace(target / "new.npy", target / "latents.npy")
+    """Write meta.json, labels of `count` images that are not cached yet, and empty latents. Where that
+    was done before, refuse to go on with other images or flags."""
+    if (target / "latents.npy").exists():
+        before = read_json(target / "meta.json")
+        differ = [name for name in ("classes", "size", "images", "vae_sha256") if before.get(name) != meta[name]]
+        if differ:
+            raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
+    elif not (target / "labels.npy").exists():
+        with one_line_errors(target):
+            with atomic(target / "meta.json") as file:
+                file.write(json.dumps(meta, indent=1).encode())
+            np.save(target / "labels.new.npy", np.full(count, -2))
+            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (count,) + shape)
+            os.replace(target / "new.npy", target / "latents.npy")
 
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: meta.json, then latents.npy, last labels.npy.
 
-    Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so that
-    an interrupted run knows where to go on. -1 is an unreadable image.
+    Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so
+    that an interrupted run knows where to go on. -1 is an unreadable image.
     """
     folder, target = Path(args.images), Path(args.data)
-    latents, marks, finished = target / "latents.npy", target / "labels.new.npy", target / "labels.npy"
+    marks = target / "labels.new.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders, found images without a class")
     names = [file.relative_to(folder) for file in files]
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
-    listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
-    meta = dict(classes=classes.tolist(), vae=args.vae or "ema", size=args.size,
-                images=f"{len(files)} ({listing:08x})")
+    listing = zlib.crc32(os.fsencode("\n".join(str(name) for name in names)))
+    vae, sha256 = None, None
+    shape, dtype = (3, args.size, args.size), "uint8"
+    if args.vae != "none":
+        vae = VAE(args.vae or "ema").to(device)
+        sha256 = fingerprint(vae)  # a path may come to hold other weights
+        shape, dtype = (2, 8, args.size // 8, args.size // 8), "float16"
     if rank == 0:
         locked = lock(target)
-        check_same_cache(target, meta)
-    vae = None
-    shape, dtype = (3, args.size, args.size), "uint8"
-    if meta["vae"] != "none":
-        vae = VAE(meta["vae"]).to(device)
-        shape, dtype = (2, 8, args.size // 8, args.size // 8), "float16"
-        meta["vae_sha256"] = fingerprint(vae)  # a path may come to hold other weights
-    if rank == 0:
-        check_same_cache(target, meta)
-        if not latents.exists() and not finished.exists():
-            begin_cache(target, meta, len(files), shape, dtype)
+        meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=sha256, size=args.size,
+                    images=f"{len(files)} ({listing:08x})")
+        begin_cache(target, meta, len(files), shape, dtype)
     barrier()
-    if finished.exists():
+    if (target / "labels.npy").exists():
         return
 
     cached = open_array(marks) > -2
@@ -320,23 +293,22 @@ def cache_images(args, rank, world, device):
         for first, (images, found) in zip(todo, one_ahead(read_chunk, todo)):
             if vae is not None:
                 images = encode_views(vae, images, device)
-            write_rows(latents, first, images)
+            write_rows(target / "latents.npy", first, images)
             write_rows(marks, first, found)
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
         if open_array(marks).max() < 0:
             raise UserError(f"--images {folder}: none of its images can be read")
-        os.replace(marks, finished)
+        os.replace(marks, target / "labels.npy")
         locked.close()
     barrier()
 
 class Data:
     """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), the mean
-    and std of the image and of its mirror image.
+    and std of the image and of its mirror image. Its entries are the rows whose label is not -1.
 
-    Its entries are the rows whose label is not -1. shape: that of a sample, (3 or 4, H, H).
-    features: an encoder's, for REPA, (N, 2, tokens, D).
+    shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D).
     """
 
     def __init__(self, latents, labels, classes, vae="none", vae_sha256=None):
@@ -360,20 +332,13 @@ class Data:
                 and latents.shape == shape and latents.size > 0 and labels.dtype.kind == "i"
                 and labels.min() >= -1 and 0 <= labels.max() < len(classes)):
             raise UserError(f"{folder}: expected what --images makes, found latents.npy {latents.dtype} "
-                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, "
-                            f"meta.json {str(meta):.200}")
+                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
         return cls(latents, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
 
     def add_features(self, path):
         self.features = open_array(path)
         if len(self.features) != len(self.labels):
-            found = len(self.features)
-            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {found}")
-
-    def has_same_vae(self, other):
-        if self.vae_sha256 and other.vae_sha256:
-            return self.vae_sha256 == other.vae_sha256
-        return self.vae == other.vae  # of older caches the name alone is known
+            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {len(self.features)}")
 
     def contents(self):
         """What tells these data from others: checksums, of large arrays those of about 64 rows."""
@@ -385,41 +350,38 @@ class Data:
         return contents
 
     def spread(self, count):
-        """Up to `count` entries, evenly spaced, since a cache is sorted by class."""
-        return np.linspace(0, len(self.rows) - 1, min(count, len(self.rows))).astype(int)
+        """`count` entries, evenly spaced, since a cache is sorted by class."""
+        return np.linspace(0, len(self.rows) - 1, count).astype(int)
 
     def read(self, entries, flips):
-        """[images or latents, mirrored where flips says; labels; features if any] of these entries."""
-        rows, views = self.rows[entries], flips.astype(int)
+        """[images or latents, mirrored where flips says; labels; features, if any] of the entries."""
+        rows = self.rows[entries]
         if self.pixels:
-            images = read_entries(self.latents, rows)
+            images = read_rows(self.latents, rows)
             images[flips] = images[flips, ..., ::-1]
         else:
-            images = read_entries(self.latents, rows, views)
+            images = read_views(self.latents, rows, flips)
         arrays = [images, self.labels[rows]]
         if self.features is not None:
-            arrays.append(read_entries(self.features, rows, views))
+            arrays.append(read_views(self.features, rows, flips))
         return [torch.from_numpy(array) for array in arrays]
 
 def checksum(array):
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
-def read_entries(array, *index):
-    """array[index]. Linux is asked for all entries first: it reads them at once, and nothing around
+def read_rows(array, rows):
+    """array[rows]. Linux is asked for all rows first: it then reads them at once, and nothing around
     them, which is many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
-        size = array.strides[len(index) - 1]
-        with contextlib.suppress(OSError), open(array.filename, "rb") as file:  # it is only a hint
-            for begin in np.dot(array.strides[:len(index)], index):
-                begin = array.offset + int(begin)
-                os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
-    return array[index]
+        size = array.strides[0]
+        with open(array.filename, "rb") as file:
+            for row in rows:
+                os.posix_fadvise(file.fileno(), array.offset + int(row) * size, size, os.POSIX_FADV_WILLNEED)
+    return array[rows]
 
-def check_features(path, tokens):
-    features = open_array(path)
-    if features.dtype.kind != "f" or features.ndim != 4 or features.shape[1:3] != (2, tokens):
-        raise UserError(f"--repa {path}: expected floats (N, 2, {tokens}, D), found {features.dtype} "
-                        f"{features.shape}")
+def read_views(array, rows, mirrored):
+    """Rows of an array (N, 2, ...): of each the first view, or the second where `mirrored` says."""
+    return read_rows(array.reshape((-1,) + array.shape[2:]), 2 * rows + mirrored)
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
@@ -427,11 +389,10 @@ def permutation(seed, epoch, n):
 
 def batch_entries(seed, step, batch, n):
     """Entries of a global batch: position p reads entry p mod n of epoch p div n's permutation."""
-    positions = step * batch + np.arange(batch)
-    epochs = positions // n
-    entries = [permutation(seed, int(epoch), n)[positions[epochs == epoch] % n]
-               for epoch in np.unique(epochs)]
-    return np.concatenate(entries)
+    entries = []
+    for position in range(step * batch, (step + 1) * batch):
+        entries.append(permutation(seed, position // n, n)[position % n])
+    return np.array(entries)
 
 def batches(data, steps, batch, mine, seed, device):
     """Yield this rank's slice `mine` of the global batch of every step, as Data.read gives it."""
@@ -462,21 +423,17 @@ class Draws:
         return torch.Generator(self.device).manual_seed(int(seed))
 
     def uniform(self, purpose):
-        """(n,) in [0, 1)."""
-        generator = self.generator(purpose)
-        return torch.rand(self.batch, generator=generator, device=self.device)[self.mine]
+        return torch.rand(self.batch, generator=self.generator(purpose), device=self.device)[self.mine]
 
     def normal(self, purpose, shape):
-        """(n, *shape)."""
-        generator = self.generator(purpose)
-        return torch.randn((self.batch, *shape), generator=generator, device=self.device)[self.mine]
+        shape = (self.batch,) + shape
+        return torch.randn(shape, generator=self.generator(purpose), device=self.device)[self.mine]
 
     def times(self, purpose, objective):
         """t and r (n,) for the objective's loss; only MeanFlow has an r of its own."""
         times = objective.times(self.batch, self.generator(purpose))
-        if not isinstance(objective, MeanFlow):
-            times = times, times
-        return times[0][self.mine], times[1][self.mine]
+        t, r = times if isinstance(objective, MeanFlow) else (times, times)
+        return t[self.mine], r[self.mine]
 
 class Losses(nn.Module):
     """All that is trained, and all terms of its loss, in one module for DDP to wrap."""
@@ -486,19 +443,17 @@ class Losses(nn.Module):
         self.args, self.data, self.meanflow = args, data, args.objective == "meanflow"
         self.objective = OBJECTIVES[args.objective]()
         if self.meanflow:
-            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
-                                      interval=args.meanflow_interval)
+            self.objective = MeanFlow(4, args.meanflow_omega, args.meanflow_kappa, args.meanflow_interval)
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
         if args.init:
             load_initial_weights(self.net, args.init)
         self.projector = nn.Identity()
-        blocks = set(args.disp_blocks)
+        self.captured = args.disp_blocks  # the blocks whose activations are needed
         if args.repa:
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1])
-            blocks.add(args.repa_block)
-        self.captured = sorted(blocks)  # those whose activations are needed
+            self.captured = sorted(set(args.disp_blocks) | {args.repa_block})
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def forward(self, step, position, images, labels, features=None):
@@ -508,8 +463,7 @@ class Losses(nn.Module):
         images, labels, features: as Data.read gives them.
         """
         args, n = self.args, len(images)
-        mine = slice(position, position + n)
-        draws = Draws(args.seed, step, args.batch, mine, images.device)
+        draws = Draws(args.seed, step, args.batch, slice(position, position + n), images.device)
 
         # the sample, its label, noise and time
         x = self.prepare(images, draws, "posterior")
@@ -523,8 +477,7 @@ class Losses(nn.Module):
                 noise2 = draws.normal("second noise", self.data.shape)
                 t2, _ = draws.times("second time", self.objective)
             else:
-                noise2 = noise
-                t2 = nearby_times(t, 2 * draws.uniform("shift") - 1)
+                noise2, t2 = noise, nearby_times(t, 2 * draws.uniform("shift") - 1)
             x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, noise2])
             t, r = torch.cat([t, t2]), torch.cat([r, t2])
 
@@ -534,7 +487,7 @@ class Losses(nn.Module):
             options["moving"] = self.objective.moving(n, position)
         with self.autocast:
             error, activations = self.objective.loss(
-                self.net, x, y, t, noise, r, blocks=self.captured, **options)
+                self.net, x, y, t, noise, r, self.captured, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
         # L_objective, of the first view
@@ -564,8 +517,8 @@ class Losses(nn.Module):
         return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": L_disp, the mean over the blocks}, and for "infonce" and "hinge" without a second
-        view the mean "distance". The first n samples of the activations are the first view."""
+        """{"disp": mean L_disp of the blocks}, and for infonce and hinge without a second view the mean
+        "distance". The first n samples of the activations are the first view."""
         kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
         group = self.args.disp_group
         losses, distances = [], []
@@ -578,14 +531,14 @@ class Losses(nn.Module):
                 distances.append(D.mean() * group / (group - 1))  # over pairs i != j
             else:
                 losses.append(dispersive_loss(z, kind, tau, margin, group))
-        terms = {"disp": torch.stack(losses).mean()}
+        means = {"disp": torch.stack(losses).mean()}
         if distances:
-            terms["distance"] = torch.stack(distances).mean()
-        return terms
+            means["distance"] = torch.stack(distances).mean()
+        return means
 
     @torch.no_grad()
     def evaluate(self, net, data, entries, blocks=()):
-        """The regression loss of a network on these entries, summed, and its activations after the
+        """The regression losses (n,) of a network on these entries, and its activations after the
         blocks. The draws depend on the entries alone."""
         device = net.pos_embed.device
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
@@ -594,9 +547,8 @@ class Losses(nn.Module):
         noise = draws.normal("val noise", self.data.shape)
         t, r = draws.times("val time", self.objective)
         with self.autocast:
-            error, activations = self.objective.loss(
-                net, x, labels.to(device), t, noise, r, blocks=blocks)
-        return error.sum(), activations
+            error, activations = self.objective.loss(net, x, labels.to(device), t, noise, r, blocks)
+        return error, activations
 
 def nearby_times(t, shift):
     """Times within 0.005, or steps within 5, of t (n,), by shift (n,) in [-1, 1)."""
@@ -605,8 +557,8 @@ def nearby_times(t, shift):
     return (t + 0.005 * 999 * shift).clamp(0, 999).round().long()
 
 def load_initial_weights(net, path):
-    """Load a checkpoint's weights. Two embeddings stay as they are where it lacks them or has them in
-    another shape: that of the labels, and that of MeanFlow's second time."""
+    """Load a checkpoint's weights. Where it lacks the embedding of the labels or of MeanFlow's second
+    time, or has it in another shape, that one stays as it is."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -626,26 +578,28 @@ class Recorder:
         self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
         self.config = {name: value for name, value in vars(args).items() if name not in FREE}
         self.config.update(losses.data.contents())
-        if not args.repa:
-            del self.config["repa_block"]  # it plays no part
         self.parts = dict(model=losses.net, ema=ema, projector=losses.projector, opt=optimizer)
-        self.flops = flops_per_image(args, losses.data.shape)
         self.decode = None
         if not losses.data.pixels:
             self.decode = VAE(args.vae or losses.data.vae).to(device).decode
-        self.sums = collections.defaultdict(float)  # of what is logged, since the last line
+        # of a training step for one image, in the matrix products of the blocks; backward takes twice
+        # what forward takes, and there are 12 D^2 weights a token, besides attention
+        T, D = losses.net.pos_embed.shape[1:]
+        views = 1 + bool(args.contrastive)
+        self.flops = 3 * views * len(ema.blocks) * (2 * 12 * T * D ** 2 + 4 * T ** 2 * D)
+        self.sums = {}  # of what is logged, since the last line
 
     def resume(self):
         """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
         step, changes = load_checkpoint(self.out, self.config, self.parts)
         if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints there; it must be "
-                            "a directory that they share")
-        self.logged = step
+            raise UserError(f"--out {self.out}: the ranks find different checkpoints: they must share it")
+        self.logged, self.since = step, time.time()
         if self.rank > 0:
             return step
-        # drop what follows the checkpoint, since it will be logged again, and an unfinished last line
-        lines = self.log.read_text().splitlines(True) if self.log.exists() else []
+        # drop an unfinished last line, and what follows the checkpoint: it will be logged again
+        self.log.touch()
+        lines = self.log.read_text().splitlines(True)
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         if changes:
             print("changed:", ", ".join(changes))
@@ -660,23 +614,25 @@ class Recorder:
     def add(self, terms, weight=1.0):
         """Add {name: scalar tensor} to what the next log line averages. Waits for no device."""
         for name, value in terms.items():
-            self.sums[name] += value.detach() * weight
-
-    def is_due(self, every, done):
-        return bool(every) and (done % every == 0 or done == self.steps)
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
 
     def record(self, done, stopped_by):
         """All that is due after `done` steps. The checkpoint is written last: a run that is killed
         before repeats these steps and what is due at them."""
+        def is_due(every):
+            return every and (done % every == 0 or done == self.steps)
+
         args = self.args
-        log, sample = self.is_due(args.log_every, done), self.is_due(args.sample_every, done)
-        ckpt, snapshot = self.is_due(args.ckpt_every, done), self.is_due(args.snapshot_every, done)
-        if not (log or sample or snapshot or ckpt or stopped_by):
+        sample, snapshot = is_due(args.sample_every), is_due(args.snapshot_every)
+        ckpt = stopped_by or is_due(args.ckpt_every)
+        if not (is_due(args.log_every) or sample or snapshot or ckpt):
             return
         line = self.averages(done)
         if self.rank == 0:
             if ckpt and args.val:
-                line["val"] = self.validate()
+                parts = self.held_out.spread(2048).reshape(-1, 64)
+                errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
+                line["val"] = torch.cat(errors).mean().item()
             if sample:
                 self.draw_grid(self.out / "samples" / f"{done:07d}.png")
                 line.update(self.measure_blocks())
@@ -684,40 +640,29 @@ class Recorder:
             if snapshot:
                 path = self.out / "snapshots" / f"{done:07d}.pt"
                 save(path, done, self.config, dict(ema=self.ema))
-            if ckpt or stopped_by:
+            if ckpt:
                 before = self.out / "ckpt.prev.pt"
                 save(self.out / "ckpt.pt", done, self.config, self.parts, before)
-        self.sums.clear()
-        self.logged, self.since = done, time.time()
+        self.sums, self.logged, self.since = {}, done, time.time()
 
     def averages(self, done):
         """{name: average over steps and ranks since the last line}, the floor and the speed."""
-        args = self.args
-        count = done - self.logged
+        args, count = self.args, done - self.logged
         values = torch.stack(list(self.sums.values())) / (self.world * count)
         if self.world > 1:
             dist.all_reduce(values)
         line = dict(zip(self.sums, values.tolist()))  # waits for the device
         if not np.isfinite(list(line.values())).all():
-            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or the gradient is not "
-                            "finite; no checkpoint has been written since: go on with a smaller --lr, --grad-clip 1 or "
-                            "--dtype fp32")
+            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or its gradient is not finite; no checkpoint "
+                            "was written since: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
         if args.disp_blocks and not args.contrastive:
-            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau,
-                                             args.disp_margin)
+            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
         rate = count * args.batch / (time.time() - self.since)
         line["images/s"] = rate
         line["TFLOP/s"] = rate * self.flops / self.world / 1e12
         if self.device.type == "cuda":
             line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         return line
-
-    def validate(self):
-        """The EMA's regression loss on up to 2,048 held-out samples."""
-        entries = self.held_out.spread(2048)
-        errors = [self.losses.evaluate(self.ema, self.held_out, entries[begin:begin + 64])[0]
-                  for begin in range(0, len(entries), 64)]
-        return sum(errors).item() / len(entries)
 
     def draw_grid(self, path):
         """Write a grid of samples, one class a row."""
@@ -732,11 +677,8 @@ class Recorder:
 
     def measure_blocks(self):
         """{measure: [its value after each block]} of the EMA, over 64 samples."""
-        entries = self.losses.data.spread(64)
-        if len(entries) < 2:
-            return {}
-        blocks = range(1, len(self.ema.blocks) + 1)
-        _, activations = self.losses.evaluate(self.ema, self.losses.data, entries, blocks)
+        data, blocks = self.losses.data, range(1, len(self.ema.blocks) + 1)
+        _, activations = self.losses.evaluate(self.ema, data, data.spread(64), blocks)
         activations = [z.float().cpu() for z in activations]
         return dict(block_distance=[mean_distance(z).item() for z in activations],
                     block_rank=[effective_rank(z).item() for z in activations],
@@ -759,8 +701,7 @@ class Recorder:
             wandb.log(line, step=done)
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`, from which a run that is killed
-    here goes on."""
+    """Write a checkpoint. The one that `path` held becomes `before`: a run killed here goes on from it."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic(f"{path}.new") as file:
         torch.save(dict(state, step=step, config=config), file)
@@ -769,16 +710,16 @@ def save(path, step, config, parts, before=None):
     os.replace(f"{path}.new", path)
 
 def load_checkpoint(out, config, parts):
-    """Load the latest checkpoint, if any, into the parts -> its step, and the flags that changed."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
-    if not paths:
+    """Load the latest checkpoint, if any, into the parts -> its step, and the changed flags."""
+    path, older = out / "ckpt.pt", out / "ckpt.prev.pt"
+    if not path.exists():
+        path = older
+    if not path.exists():
         return 0, []
-    path = paths[0]
     try:
         state = load_file(path)
     except UnreadableFile as error:
-        older = paths[1] if len(paths) > 1 else "the start"
-        raise UserError(f"{error}; delete it to go on from {older}") from None
+        raise UserError(f"{error}; delete it to go on from {older}, or from the start") from None
     if not {"step", "config", *parts} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
     changes = []
@@ -788,8 +729,7 @@ def load_checkpoint(out, config, parts):
             continue
         flag = "--" + name.replace("_", "-")
         if name not in LOGGED:
-            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; "
-                            "name another --out")
+            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
         changes.append(f"{flag} {before} -> {now}")
     for name in parts.keys() - {"opt"}:
         load_weights(parts[name], state[name], path)
@@ -800,8 +740,7 @@ def load_checkpoint(out, config, parts):
 # The loop
 
 def note_signals():
-    """Note Ctrl-C and SIGTERM in the dict returned. One that comes more than a second after the first
-    exits at once."""
+    """Note Ctrl-C and SIGTERM in the dict returned; more than a second after the first, exit at once."""
     noted = {}  # signal: when it first came
 
     def note(which, frame):
@@ -821,23 +760,6 @@ def from_all_ranks(value, world):
     dist.all_gather(values, torch.tensor([value]))
     return [int(each) for each in values]
 
-def signal_on_any_rank(noted, world):
-    """The number of a signal that some rank has noted, or 0."""
-    return max(from_all_ranks(max(noted, default=0), world))
-
-def flops_per_image(args, shape):
-    """Floating-point operations of a training step for one image (C, H, W), in all its views.
-
-    MeanFlow's derivative and guidance, REPA's projector and the loss terms are not counted.
-    """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = build_model(args.model, in_channels=shape[0], input_size=shape[-1])
-        net(torch.empty(1, *shape), torch.empty(1), torch.empty(1, dtype=torch.long))
-    passes = 3  # backward takes twice what forward takes
-    if args.contrastive:
-        passes = 6
-    return passes * counter.get_total_flops()
-
 def train(args, data, held_out, rank, world, device):
     # the model, its EMA and the optimiser
     torch.manual_seed(args.seed)
@@ -855,7 +777,8 @@ def train(args, data, held_out, rank, world, device):
         parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
 
     # the run, new or continued
-    steps = args.steps or max(1, round((args.epochs or 80) * len(data.rows) / args.batch))
+    epoch = len(data.rows) / args.batch  # in steps
+    steps = args.steps or max(1, round((args.epochs or 80) * epoch))
     recorder = Recorder(args, losses, ema, optimizer, held_out, steps, rank, world, device)
     if rank == 0:
         locked = lock(recorder.out)
@@ -863,10 +786,9 @@ def train(args, data, held_out, rank, world, device):
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
     if rank == 0:
         name = torch.cuda.get_device_name() if device.type == "cuda" else device
-        epochs = steps * args.batch / len(data.rows)
-        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to "
-              f"{steps:,}: {epochs:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of "
-              f"{args.batch}; {world} x {name}, {args.dtype}", flush=True)
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
+              f"{steps / epoch:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of {args.batch}; "
+              f"{world} x {name}, {args.dtype}", flush=True)
         if first > steps:
             print(f"the run is at step {first:,} already, beyond these {steps:,}: nothing is left to do")
 
@@ -876,7 +798,6 @@ def train(args, data, held_out, rank, world, device):
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     todo = range(first, steps)
     signals = note_signals()
-    recorder.since = time.time()
     for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
         for begin in range(0, per_rank, micro):
@@ -902,48 +823,43 @@ def train(args, data, held_out, rank, world, device):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-        # log, draw, save; the ranks agree whether one of them got a signal
-        stopped_by = signal_on_any_rank(signals, world)
+        # log, draw, save; the ranks agree whether one of them got a signal, or none, 0
+        stopped_by = max(from_all_ranks(max(signals, default=0), world))
         recorder.record(step + 1, stopped_by)
         if stopped_by:
             break
-    stopped_by = signal_on_any_rank(signals, world)  # one may also have come during the last step
+    stopped_by = max(from_all_ranks(max(signals, default=0), world))  # also during the last step
     if rank == 0:
         locked.close()
-    if stopped_by:
-        if rank == 0:
+        if stopped_by:
             name = signal.Signals(stopped_by).name
             print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
+    if stopped_by:
         sys.exit(128 + stopped_by)
 
 def main(argv=None):
     args = parse(argv)
     rank, world, device = start()
     if args.images:
-        shape = (3, args.size, args.size)  # of what will be cached
-        if args.vae != "none":
-            shape = (4, args.size // 8, args.size // 8)
         if not args.cache_only:
-            check_data(args, world, shape)
+            check_data(args, world, args.size if args.vae == "none" else args.size // 8)
         cache_images(args, rank, world, device)
         if args.cache_only:
             return
     data = Data.open(args.data) if args.data else demo_data()
-    check_data(args, world, data.shape)
+    check_data(args, world, data.shape[-1])
     if args.repa:
         data.add_features(args.repa)
-    held_out = data
-    if args.val:
-        held_out = Data.open(args.val)
-    if held_out.classes != data.classes or not held_out.has_same_vae(data):
-        raise UserError(f"--val {args.val}: its classes or VAE differ from the training data's")
+    held_out = Data.open(args.val) if args.val else data
+    same_vae = (held_out.vae_sha256 or held_out.vae) == (data.vae_sha256 or data.vae)
+    if held_out.shape != data.shape or held_out.classes != data.classes or not same_vae:
+        raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:
         data.labels[:] = len(data.classes)  # the null label, in grids and validation too
         held_out.labels[:] = len(data.classes)
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
-        print(f"see {args.out}/samples; next: "
-              f"python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
+        print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
 
 if __name__ == "__main__":
     run(main)
