@@ -24,14 +24,14 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
         "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n
-    group: compare each sample only with those of its group, so many consecutive samples, and average
-        over the groups. Default: one group; the paper: 16.
+    group: compare only samples of a group, so many consecutive ones, and average over the groups.
+        Default: one group; the paper: 16.
     Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. It can
     be differentiated once: second derivatives would be wrong, and are NaN or infinite instead.
     ValueError for an unknown kind or a group that does not divide B.
 
-    D is divided by dim because a sum over thousands of features makes exp(-D / tau) underflow to zero
-    for all pairs of different samples: the loss is then a constant, without gradient.
+    D is divided by dim because with a sum over thousands of features exp(-D / tau) is zero for all
+    pairs of different samples: the loss is then a constant, without gradient.
     """
     check_known(kind, "kind", KINDS)
     if kind == "covariance":
@@ -67,9 +67,8 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
 
         "infonce", "cosine"   mean_i [D(z_i, z_pos_i) / tau + log sum_j exp(-D(z_i, z_pos_j) / tau)]
         "hinge"               mean_i [D(z_i, z_pos_i)^2 + mean_j max(0, margin - D(z_i, z_pos_j))^2]
-        "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C_mn the
-                              correlation of m in one view and n in the other: Barlow Twins
-                              (Zbontar et al. 2021), with means where that has sums
+        "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C_mn between
+                              the views: Barlow Twins (Zbontar et al. 2021), with means, not sums
     """
     check_known(kind, "kind", KINDS)
     if z.shape != z_pos.shape:
@@ -97,9 +96,9 @@ def repa_loss(h, target):
 
 def repa_projector(dim, feature_dim, width=2048):
     """REPA's trained map from the tokens of a block (..., dim) to features (..., feature_dim)."""
-    return torch.nn.Sequential(torch.nn.Linear(dim, width), torch.nn.SiLU(),
-                               torch.nn.Linear(width, width), torch.nn.SiLU(),
-                               torch.nn.Linear(width, feature_dim))
+    return torch.nn.Sequential(
+        torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
+        torch.nn.Linear(width, feature_dim))
 
 def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     """Smallest possible value of dispersive_loss for n samples. InfoNCE gets close to it early."""
@@ -150,8 +149,7 @@ def gram(z):
     # One factor was held fixed, so these products carry half of the gradient. They are symmetric, so
     # their transposes carry the other half: the backward pass needs one large product, not two.
     change = products - products.detach()  # zero, with half of the gradient
-    no_second = change.pow(1.5)  # zero, with zero gradient; its second derivative is infinite
-    return products.detach() + change + change.mT + no_second
+    return products.detach() + change + change.mT + change.pow(1.5)  # infinite second derivative
 
 def diagonal_of(x):
     """(groups, n, n) -> (groups, n). torch 2.13 on CPUs may compile Tensor.diagonal's gradient wrongly."""
@@ -211,8 +209,7 @@ class LabelEmbedder(nn.Module):  # a class only so that the parameter has its pu
         return self.embedding_table(y)
 
 def position_embedding(dim, side):
-    """Fixed sinusoids for side x side tokens, (1, side*side, dim). The first half of dim says the
-    column, the second half the row."""
+    """Fixed sinusoids (1, side*side, dim): the first half of dim says the column, the second the row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
     line = torch.cat([angles.sin(), angles.cos()], -1).float()  # (side, dim/2)
@@ -304,9 +301,8 @@ class DiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution counts as linear
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         for layer in [*self.blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -346,21 +342,17 @@ class DiT(nn.Module):
             raise ValueError(f"expected images {expected}, got {tuple(x.shape[1:])}")
         if r is not None and self.r_embedder is None:
             raise ValueError("the model has no second time for r: build it with second_time=True")
-        for number in blocks:
-            if not 1 <= number <= len(self.blocks):
-                raise ValueError(f"block {number}: expected a number from 1 to {len(self.blocks)}")
+        for number in set(blocks) - set(range(1, len(self.blocks) + 1)):
+            raise ValueError(f"block {number}: expected a number from 1 to {len(self.blocks)}")
 
-SIZES = {  # XS is ours, for small experiments
-    "XS": dict(hidden_size=256, depth=8, num_heads=4),
-    "S": dict(hidden_size=384, depth=12, num_heads=6),
-    "B": dict(hidden_size=768, depth=12, num_heads=12),
-    "L": dict(hidden_size=1024, depth=24, num_heads=16),
-    "XL": dict(hidden_size=1152, depth=28, num_heads=16)}
+SIZES = {"XS": (256, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
+         "XL": (1152, 28, 16)}  # XS is ours, for small experiments
 MODELS = {}
-for size, shape in SIZES.items():
-    for patch_size in (2, 4, 8):
-        MODELS[f"SiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
-        MODELS[f"DiT-{size}/{patch_size}"] = dict(shape, patch_size=patch_size)
+for size, (width, depth, heads) in SIZES.items():
+    for patch in (2, 4, 8):
+        for family in ("SiT", "DiT"):
+            MODELS[f"{family}-{size}/{patch}"] = dict(
+                hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
 
 def build_model(name, **overrides):
     """A DiT of one of the MODELS, with any of DiT's arguments overridden."""
@@ -583,10 +575,8 @@ class GaussianDiffusion:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
                 x = x.to(noise.dtype)
-            if method == "ddim":
-                x = euler_in_sigma(x, eps, sigma[k], next_sigma)
-            if method == "heun":
-                if k > 0:
+            else:
+                if method == "heun" and k > 0:
                     next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k], next_sigma), k - 1)
                     eps = (eps + next_eps) / 2
                 x = euler_in_sigma(x, eps, sigma[k], next_sigma)
@@ -610,7 +600,7 @@ class MeanFlow:
 
     def moving(self, n, position=0):
         """Index of those among n samples, the first at `position` in the batch, that have r != t."""
-        # they are at the positions that `every` divides: the first is -position % every further on
+        # they are at the positions that `every` divides; the first is -position % every further on
         return slice(-position % self.every, n, self.every)
 
     def times(self, n, generator=None, device=None):
@@ -625,9 +615,9 @@ class MeanFlow:
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), moving=slice(None)):
         """Mean squared error per sample (B,), to be passed through `weight`, and the activations.
 
-        As FlowMatching.loss. Without t, both t and r (B,) are drawn; without r alone, r = t. The model
-        must not be wrapped in DistributedDataParallel. moving: index of the samples with r != t, for
-        which the derivative is computed (default: all).
+        As FlowMatching.loss, but without t, t and r (B,) are drawn; without r alone, r = t. `moving`
+        is the index of the samples with r != t (default: all). The model must not be in
+        DistributedDataParallel.
         """
         if t is None:
             t, r = self.times(len(x), device=x.device)
@@ -635,34 +625,14 @@ class MeanFlow:
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
         x_t = (noise + t.view(-1, 1, 1, 1) * velocity).to(x.dtype)
-        target = self.average_velocity(model, x_t, y, t, r, velocity, moving)
+        with torch.no_grad():
+            v = self.guide(model, x_t, y, t, velocity)
+            slope = torch.zeros_like(v)  # du/dt; where r = t, it plays no part
+            slope[moving] = self.derivative(
+                model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
+            target = v + (r - t).view(-1, 1, 1, 1) * slope  # the MeanFlow identity, eq. 6
         out, activations = model(x_t, t, y, r, blocks=blocks)
         return per_sample((out[:, :x.shape[1]] - target).square()), activations
-
-    def weight(self, loss, size):
-        """What to minimise: the error summed over a sample's `size` numbers, over itself + 0.01."""
-        total = size * loss
-        return total / (total.detach() + 0.01)
-
-    @torch.no_grad()
-    def average_velocity(self, model, x_t, y, t, r, v, moving):
-        """The MeanFlow identity, eq. 6 of its paper, with r held fixed: u = v + (r - t) * du/dt."""
-        v = self.guide(model, x_t, y, t, v)
-
-        def predict(x, t):
-            out, _ = model(x, t, y[moving], r[moving])
-            return out[:, :x.shape[1]]
-
-        point = (x_t[moving], t[moving])
-        direction = (v[moving].to(x_t.dtype), torch.ones_like(t[moving]))  # dx/dt = v, dt/dt = 1
-        # forward-mode differentiation works neither in fused attention nor in compiled code
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            _, derivative = torch.func.jvp(predict, point, direction)
-        # else the next forward pass would use the weights that autocast cast here, without gradients
-        torch.clear_autocast_cache()
-        u = v.clone()
-        u[moving] += (r - t)[moving].view(-1, 1, 1, 1) * derivative
-        return u
 
     def guide(self, model, x_t, y, t, v):
         """The velocity v, guided as omega, kappa and interval say."""
@@ -674,6 +644,24 @@ class MeanFlow:
         mixed = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
         applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
         return torch.where(applies.view(-1, 1, 1, 1), mixed, v)
+
+    def derivative(self, model, x, y, t, r, v):
+        """du/dt of the model along the flow: dx/dt = v, dt/dt = 1, and r is held fixed."""
+        def predict(x, t):
+            out, _ = model(x, t, y, r)
+            return out[:, :v.shape[1]]
+
+        # forward-mode differentiation works neither in fused attention nor in compiled code
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            _, slope = torch.func.jvp(predict, (x, t), (v.to(x.dtype), torch.ones_like(t)))
+        # else the next forward pass would use the weights that autocast cast here, without gradients
+        torch.clear_autocast_cache()
+        return slope
+
+    def weight(self, loss, size):
+        """What to minimise: the error summed over a sample's `size` numbers, over itself + 0.01."""
+        total = size * loss
+        return total / (total.detach() + 0.01)
 
     @torch.no_grad()
     def sample(self, model, noise, y, steps=1, method="average", cfg=1.0, cfg_interval=None,
