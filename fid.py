@@ -8,8 +8,6 @@ import json
 import math
 import os
 import sys
-import zipfile
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,14 +37,12 @@ NEEDS = {  # the metrics, in the order of printing, and what they are computed f
 
 def resize_tf1(x, size=299):
     """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is read at i * H / size."""
-    for dim in (2, 3):
-        source = torch.arange(size, device=x.device) * (x.shape[dim] / size)
+    for _ in range(2):
+        x = x.mT  # first the height comes last, then the width
+        source = torch.arange(size, device=x.device) * (x.shape[-1] / size)
         low = source.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = source - low  # (size,)
-        if dim == 2:
-            weight = weight[:, None]  # (size, 1): along the height
-        x = torch.lerp(x.index_select(dim, low).float(), x.index_select(dim, high).float(), weight)
+        high = (low + 1).clamp(max=x.shape[-1] - 1)
+        x = torch.lerp(x[..., low].float(), x[..., high].float(), source - low)
     return x
 
 class Conv(nn.Module):
@@ -64,79 +60,64 @@ class Conv(nn.Module):
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-# The kinds of blocks, their branches, and the convolutions of each branch: (channels out, kernel
-# height, kernel width). None is a width in which blocks of a kind differ. "_pool" begins with a pool.
+# The kinds of blocks, their branches, and the convolutions of each branch: (end of the name, channels
+# out, kernel height, kernel width). None is a width in which blocks of a kind differ. A "_pool" begins
+# with a pool. At a fork, "a" and "b" read the same map.
 BLOCKS = {
     "35 x 35": {
-        "1x1": [(64, 1, 1)],
-        "5x5": [(48, 1, 1), (64, 5, 5)],
-        "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
-        "_pool": [(None, 1, 1)]},
+        "1x1": [("", 64, 1, 1)],
+        "5x5": [("_1", 48, 1, 1), ("_2", 64, 5, 5)],
+        "3x3dbl": [("_1", 64, 1, 1), ("_2", 96, 3, 3), ("_3", 96, 3, 3)],
+        "_pool": [("", None, 1, 1)]},
     "35 to 17": {
-        "3x3": [(384, 3, 3)],
-        "3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
+        "3x3": [("", 384, 3, 3)],
+        "3x3dbl": [("_1", 64, 1, 1), ("_2", 96, 3, 3), ("_3", 96, 3, 3)],
         "_pool": []},
     "17 x 17": {
-        "1x1": [(192, 1, 1)],
-        "7x7": [(None, 1, 1), (None, 1, 7), (192, 7, 1)],
-        "7x7dbl": [(None, 1, 1), (None, 7, 1), (None, 1, 7), (None, 7, 1), (192, 1, 7)],
-        "_pool": [(192, 1, 1)]},
+        "1x1": [("", 192, 1, 1)],
+        "7x7": [("_1", None, 1, 1), ("_2", None, 1, 7), ("_3", 192, 7, 1)],
+        "7x7dbl": [("_1", None, 1, 1), ("_2", None, 7, 1), ("_3", None, 1, 7), ("_4", None, 7, 1), ("_5", 192, 1, 7)],
+        "_pool": [("", 192, 1, 1)]},
     "17 to 8": {
-        "3x3": [(192, 1, 1), (320, 3, 3)],
-        "7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
-        "_pool": []}}
+        "3x3": [("_1", 192, 1, 1), ("_2", 320, 3, 3)],
+        "7x7x3": [("_1", 192, 1, 1), ("_2", 192, 1, 7), ("_3", 192, 7, 1), ("_4", 192, 3, 3)],
+        "_pool": []},
+    "8 x 8": {
+        "1x1": [("", 320, 1, 1)],
+        "3x3": [("_1", 384, 1, 1), ("_2a", 384, 1, 3), ("_2b", 384, 3, 1)],
+        "3x3dbl": [("_1", 448, 1, 1), ("_2", 384, 3, 3), ("_3a", 384, 1, 3), ("_3b", 384, 3, 1)],
+        "_pool": [("", 192, 1, 1)]}}
 
 class Mixed(nn.Module):
     """An Inception block: the branches of BLOCKS[kind], whose outputs are concatenated.
-    In a block that halves the map, the pool and the last convolution of each branch have stride 2."""
+    If its pool halves the map, so does the last convolution of each branch."""
 
-    def __init__(self, kind, channels, width=None, halve=False):
+    def __init__(self, kind, channels, width=None, pool=MEAN_POOL):
         super().__init__()
-        self.pool = HALVE if halve else MEAN_POOL
+        self.pool = pool
         self.branches = {}
         for branch, layers in BLOCKS[kind].items():
-            self.branches[branch] = []
+            self.branches[branch] = {}
             inputs = channels
-            for i, (outputs, kernel_height, kernel_width) in enumerate(layers, start=1):
+            for name, outputs, kernel_height, kernel_width in layers:
                 outputs = outputs or width
-                stride = 2 if halve and i == len(layers) else 1
+                stride = 2 if pool is HALVE and name == layers[-1][0] else 1
                 conv = Conv(inputs, outputs, kernel_height, kernel_width, stride)
-                name = f"branch{branch}_{i}" if len(layers) > 1 else f"branch{branch}"
-                self.add_module(name, conv)
-                self.branches[branch].append(conv)
+                self.add_module(f"branch{branch}{name}", conv)
+                self.branches[branch][name] = conv
                 inputs = outputs
 
     def forward(self, x):
         outputs = []
         for branch, convs in self.branches.items():
             h = self.pool(x) if branch == "_pool" else x
-            for conv in convs:
-                h = conv(h)
+            for name, conv in convs.items():
+                if name.endswith("a"):
+                    outputs.append(conv(h))  # and "b" reads the same h
+                else:
+                    h = conv(h)
             outputs.append(h)
         return torch.cat(outputs, dim=1)
-
-class LastMixed(nn.Module):
-    """The block at 8 x 8, where two branches fork at their end."""
-
-    def __init__(self, channels, pool):
-        super().__init__()
-        self.branch1x1 = Conv(channels, 320, 1, 1)
-        self.branch3x3_1 = Conv(channels, 384, 1, 1)
-        self.branch3x3_2a = Conv(384, 384, 1, 3)
-        self.branch3x3_2b = Conv(384, 384, 3, 1)
-        self.branch3x3dbl_1 = Conv(channels, 448, 1, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, 1, 3)
-        self.branch3x3dbl_3b = Conv(384, 384, 3, 1)
-        self.branch_pool = Conv(channels, 192, 1, 1)
-        self.pool = pool
-
-    def forward(self, x):
-        h = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x), self.branch3x3_2a(h), self.branch3x3_2b(h),
-            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))], 1)
 
 class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
@@ -154,19 +135,21 @@ class Inception(nn.Module):
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, 3, padded=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, 3)
+        self.pool_1 = nn.MaxPool2d(3, stride=2)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, 3, padded=False)
+        self.pool_2 = nn.MaxPool2d(3, stride=2)
         self.Mixed_5b = Mixed("35 x 35", 192, width=32)
         self.Mixed_5c = Mixed("35 x 35", 256, width=64)
         self.Mixed_5d = Mixed("35 x 35", 288, width=64)
-        self.Mixed_6a = Mixed("35 to 17", 288, halve=True)
+        self.Mixed_6a = Mixed("35 to 17", 288, pool=HALVE)
         self.Mixed_6b = Mixed("17 x 17", 768, width=128)
         self.Mixed_6c = Mixed("17 x 17", 768, width=160)
         self.Mixed_6d = Mixed("17 x 17", 768, width=160)
         self.Mixed_6e = Mixed("17 x 17", 768, width=192)
-        self.Mixed_7a = Mixed("17 to 8", 768, halve=True)
-        self.Mixed_7b = LastMixed(1280, MEAN_POOL)
-        self.Mixed_7c = LastMixed(2048, MAX_POOL)  # not the mean: FID's graph is so
+        self.Mixed_7a = Mixed("17 to 8", 768, pool=HALVE)
+        self.Mixed_7b = Mixed("8 x 8", 1280)
+        self.Mixed_7c = Mixed("8 x 8", 2048, pool=MAX_POOL)  # not the mean: FID's graph is so
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
         if weights == "random":
@@ -186,20 +169,15 @@ class Inception(nn.Module):
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected uint8 images (B, 3, H, W), not {x.dtype} {tuple(x.shape)}")
-        to_mixed_6d = [
-            self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, HALVE,
-            self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, HALVE, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d,
-            self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d]
         full_float32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(x.device.type, enabled=False), full_float32:
             x = (resize_tf1(x) - 128) / 128
             if x.device.type == "cpu":
                 x = x.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on CPUs
-            for layer in to_mixed_6d:
+            for layer in list(self.children())[:-1]:  # in the order above, without fc
                 x = layer(x)
-            spatial = x[:, :7]  # (B, 7, 17, 17); branch1x1 has the first 192 channels
-            for layer in (self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
-                x = layer(x)
+                if layer is self.Mixed_6d:
+                    spatial = x[:, :7]  # (B, 7, 17, 17); branch1x1 has the first 192 channels
             pool = x.mean((2, 3))  # (B, 2048)
             return pool, spatial.permute(0, 2, 3, 1).flatten(1), pool @ self.fc.weight.T
 
@@ -256,13 +234,20 @@ def squared_distances(x, y, slack=0.0):
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
     return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
 
-def squared_radii(x, k, rows):
-    """Squared distances (N,) of points x (N, D) to their k-th neighbours, by blocks of rows."""
+def share_inside(points, centres, k):
+    """The share of points that are no farther from some centre than it is from its k-th neighbour."""
+    rows = max(1, 2**25 // max(len(points), len(centres)))
     radii = []
-    for some in x.split(rows):
-        nearest = squared_distances(some, x).topk(k + 1, largest=False).values
-        radii.append(nearest[:, -1])  # the first of the k + 1 is the point itself
-    return torch.cat(radii)
+    for some in centres.split(rows):
+        nearest = squared_distances(some, centres).topk(k + 1, largest=False).values
+        radii.append(nearest[:, -1])  # the first of the k + 1 is the centre itself
+    radii = torch.cat(radii)  # squared, (M,)
+    slack = 32 * torch.finfo(points.dtype).eps  # puts ties within rounding below the radii
+    inside = 0
+    for some in points.split(rows):
+        distances = squared_distances(some, centres, slack)  # (rows, M)
+        inside += (distances <= radii).any(1).sum().item()
+    return inside / len(points)
 
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and
@@ -281,16 +266,7 @@ def precision_recall(real, fake, k=3):
     fake = fake.to(torch.promote_types(fake.dtype, torch.float32))
     centre = real.mean(0)  # a common offset would cost the distances digits
     real, fake = real - centre, fake - centre
-    rows = max(1, 2**25 // max(len(real), len(fake)))
-    real_radii, fake_radii = squared_radii(real, k, rows), squared_radii(fake, k, rows)
-    slack = 32 * torch.finfo(real.dtype).eps  # puts ties within rounding below the radii
-    precise = 0  # fake points inside
-    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)  # real points inside
-    for first in range(0, len(fake), rows):
-        distances = squared_distances(fake[first:first + rows], real, slack)  # (rows, N)
-        precise += (distances <= real_radii).any(1).sum().item()
-        recalled |= (distances <= fake_radii[first:first + rows, None]).any(0)
-    return precise / len(fake), recalled.sum().item() / len(real)
+    return share_inside(fake, real, k), share_inside(real, fake, k)
 
 # ----------------------------------------
 # Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of
@@ -374,18 +350,15 @@ def open_side(path, crop):
 
 def read_ahead(side, batches):
     """Yield side.read(first, last) of every batch in order, while threads read the next ones."""
-    threads = 1  # an archive has to be read in order
-    if isinstance(side, Folder):  # Pillow decodes image files on every core of this job
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = 16 if isinstance(side, Folder) else 1  # an archive has to be read in order
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque()
+        coming = []
         for first, last in batches:
             coming.append(pool.submit(side.read, first, last))
             if len(coming) > threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+                yield coming.pop(0).result()
+        for future in coming:
+            yield future.result()
 
 @torch.inference_mode()
 def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
