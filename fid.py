@@ -5,7 +5,6 @@
     torchrun --nproc_per_node=8 fid.py samples reference --save reference.npz
 """
 import json
-import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,23 +13,18 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, list_images, load_file,
                     load_weights, number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-# ADM's names of mean and covariance; adm_in256_stats.npz and jit_in256_stats.npz have the first two.
-STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}
-MOST_NEIGHBOURS = 100_000  # largest set for precision and recall, whose cost is quadratic
+STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # by ADM's names
 NEEDS = {  # the metrics, in the order of printing, and what they are computed from
     "FID": "images or mu and sigma on both sides",
     "sFID": "images or mu_s and sigma_s on both sides",
-    "IS": "images as samples",
-    "IS spread": "images as samples",
-    "precision": f"4 to {MOST_NEIGHBOURS:,} images on both sides",
-    "recall": f"4 to {MOST_NEIGHBOURS:,} images on both sides"}
+    "IS": "images as samples", "IS spread": "images as samples",
+    "precision": "4 to 100,000 images on both sides", "recall": "4 to 100,000 images on both sides"}
 
 # ----------------------------------------
 # The network
@@ -55,14 +49,14 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        return self.bn(self.conv(x)).relu_()
 
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
-# The kinds of blocks, their branches, and the convolutions of each branch: (end of the name, channels
-# out, kernel height, kernel width). None is a width in which blocks of a kind differ. A "_pool" begins
-# with a pool. At a fork, "a" and "b" read the same map.
+# The kinds of blocks, their branches, and the convolutions of each: (end of the name, channels out,
+# kernel height, kernel width). None is a width in which blocks of a kind differ. "_pool" begins with
+# a pool. Where a branch forks, "a" and "b" read the same map.
 BLOCKS = {
     "35 x 35": {
         "1x1": [("", 64, 1, 1)],
@@ -123,7 +117,7 @@ class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
 
     weights: None is an untrained network, "random" one of a fixed seed, else a file's path (UserError
-    if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns, in float32,
+    if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns in float32
     what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
       pool     (B, 2048)  pool_3, for FID, precision and recall
       spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, flattened as 17 x 17 x 7, for sFID
@@ -169,8 +163,7 @@ class Inception(nn.Module):
     def forward(self, x):
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected uint8 images (B, 3, H, W), not {x.dtype} {tuple(x.shape)}")
-        full_float32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(x.device.type, enabled=False), full_float32:
+        with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = (resize_tf1(x) - 128) / 128
             if x.device.type == "cpu":
                 x = x.contiguous(memory_format=torch.channels_last)  # 1.4 times as fast on CPUs
@@ -190,15 +183,12 @@ def square_root(sigma):
     return np.tril(factor)[np.argsort(pivots), :rank]
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
-
-    mu (D,); sigma (D, D), symmetric, of any rank. UserError, a ValueError, for other shapes.
-    """
+    """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2).
+    mu (D,); sigma (D, D), symmetric, of any rank. UserError, a ValueError, for other shapes."""
     mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not 2 * mu1.shape == sigma1.shape == sigma2.shape:
-        raise UserError("statistics do not fit together: "
-                        f"{mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
+        raise UserError(f"statistics do not fit together: {mu1.shape} {sigma1.shape}, {mu2.shape} {sigma2.shape}")
     # With sigma = R R^T, the eigenvalues of sigma1 sigma2 are the squares of the singular values of
     # R1^T R2. So the trace of its root is the sum of those singular values: the nuclear norm.
     trace_of_root = np.linalg.norm(square_root(sigma1).T @ square_root(sigma2), "nuc")
@@ -207,7 +197,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def add_moments(sums, x):
     """Add features x (B, D) to the float64 sums (1 + D, 1 + D) of [1, x]^T [1, x]."""
-    x = F.pad(x.to(sums.device).double(), (1, 0), value=1.0)
+    x = nn.functional.pad(x.to(sums.device).double(), (1, 0), value=1.0)
     sums.addmm_(x.T, x)
 
 def mean_and_covariance(sums):
@@ -215,12 +205,11 @@ def mean_and_covariance(sums):
     sums = sums.cpu().numpy()
     count = sums[0, 0]
     mean = sums[0, 1:] / count
-    products = sums[1:, 1:]
-    return mean, (products - count * np.outer(mean, mean)) / (count - 1)
+    return mean, (sums[1:, 1:] - count * np.outer(mean, mean)) / (count - 1)
 
 def inception_score(logits, split=5000):
-    """Inception Score of logits (N, C) -> (mean, standard deviation) of exp(mean KL(p(y|x) | p(y))) over
-    consecutive splits of `split` images, a short last one counting equally (ADM's evaluator)."""
+    """Inception Score of logits (N, C): mean and standard deviation of exp(mean KL(p(y|x) | p(y)))
+    over consecutive splits of `split` images, a short last one counting equally (ADM's evaluator)."""
     entropy = torch.special.entr  # -p log p
     scores = []
     for some in torch.as_tensor(logits).cpu().split(split):
@@ -235,7 +224,7 @@ def squared_distances(x, y, slack=0.0):
     return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
 
 def share_inside(points, centres, k):
-    """The share of points that are no farther from some centre than it is from its k-th neighbour."""
+    """The share of points no farther from some centre than that one's k-th neighbour among centres."""
     rows = max(1, 2**25 // max(len(points), len(centres)))
     radii = []
     for some in centres.split(rows):
@@ -250,28 +239,25 @@ def share_inside(points, centres, k):
     return inside / len(points)
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and
-    (M, D), arrays or tensors on one device -> (precision, recall).
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as a pair.
 
-    Precision is the share of fake points that are no farther from some real point than that one is
-    from its k-th real neighbour, itself not counted; recall is the same with the sets exchanged. Ties
-    within rounding count. Computed in at least float32 (ADM's evaluator: float16), by blocks of 2^25
-    distances. ValueError if the widths differ or a set has no k-th neighbour.
+    real (N, D), fake (M, D): features, arrays or tensors on one device. Precision is the share of fake
+    points that are no farther from some real point than that one is from its k-th real neighbour,
+    itself not counted; recall is the same with the sets exchanged. Ties within rounding count.
+    Computed in at least float32 (ADM's evaluator: float16), by blocks of 2^25 distances. ValueError if
+    the widths differ or a set has no k-th neighbour.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
-        raise ValueError(f"expected more than {k} rows of equal width, "
-                         f"not {tuple(real.shape)}, {tuple(fake.shape)}")
-    real = real.to(torch.promote_types(real.dtype, torch.float32))
-    fake = fake.to(torch.promote_types(fake.dtype, torch.float32))
-    centre = real.mean(0)  # a common offset would cost the distances digits
-    real, fake = real - centre, fake - centre
+        raise ValueError(f"expected more than {k} rows of equal width, not {tuple(real.shape)}, {tuple(fake.shape)}")
+    centre = real.float().mean(0)  # a common offset would cost the distances digits
+    real, fake = real - centre, fake - centre  # float32 or float64
     return share_inside(fake, real, k), share_inside(real, fake, k)
 
 # ----------------------------------------
-# Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0) of
-# `size` (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width); and
-# `statistics`, a dict of arrays under ADM's names.
+# Images and statistics. A side is a Folder, Pixels or an Archive. It has `count` images (perhaps 0)
+# of `size` (width, height), of which `read(first, last)` gives some as uint8 (B, 3, height, width);
+# and `statistics`, a dict of arrays under ADM's names.
 
 class Folder:
     """A folder of image files, cropped to `crop` x `crop` as in training, or else of one size."""
@@ -291,8 +277,7 @@ class Folder:
         for file in self.files[first:last]:
             image = self.image(file)
             if image.size != self.size:
-                raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} "
-                                "(--size N crops all)")
+                raise UserError(f"{file}: {image.size} pixels, but {self.size} in {self.files[0]} (--size N crops all)")
             images.append(np.asarray(image))
         return np.stack(images).transpose(0, 3, 1, 2)
 
@@ -303,8 +288,7 @@ class Pixels:
         self.path, self.statistics = path, {}
         self.pixels = pixels = open_array(f"{path}/latents.npy")
         labels = open_array(f"{path}/labels.npy")
-        uint8_rgb = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3
-        if not uint8_rgb or labels.shape != pixels.shape[:1]:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or labels.shape != pixels.shape[:1]:
             raise UserError(f"{path}: latents.npy holds {pixels.dtype} {pixels.shape}, not pixels, "
                             "uint8 (N, 3, H, W), or labels.npy is of another length")
         self.rows = np.flatnonzero(labels >= 0)
@@ -314,34 +298,31 @@ class Pixels:
         return self.pixels[self.rows[first:last]]
 
 class Archive:
-    """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; nothing is unpickled.
+    """An .npz file with images arr_0 (uint8, NHWC), with statistics, or with both; never unpickled.
     The images are read in order, since np.load would hold all of arr_0 in memory."""
 
     def __init__(self, path):
         self.path, self.statistics, self.count, self.size = path, {}, 0, None
         with one_line_errors(path, "folder or .npz archive"), np.lib.npyio.NpzFile(path) as archive:
-            for pair in STATISTICS.values():
-                if set(pair) <= set(archive.files):
-                    for name in pair:
-                        self.statistics[name] = np.asarray_chkfinite(archive[name], np.float64)
-            if "arr_0" in archive.files:
-                self.open_images()
-
-    def open_images(self):
-        self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        np.lib.format.read_magic(self.file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
-        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
-        self.begin = self.file.tell()  # of the first image
-        self.count, self.size = shape[0], (shape[2], shape[1])
+            for mu, sigma in STATISTICS.values():
+                if mu in archive and sigma in archive:
+                    self.statistics[mu] = np.asarray_chkfinite(archive[mu], np.float64)
+                    self.statistics[sigma] = np.asarray_chkfinite(archive[sigma], np.float64)
+            if "arr_0" in archive:
+                self.file = archive.zip.open("arr_0.npy")
+                np.lib.format.read_magic(self.file)
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.file)
+                if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+                    raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
+                self.begin = self.file.tell()  # of the first image
+                self.count, self.size = shape[0], (shape[2], shape[1])
 
     def read(self, first, last):
-        shape = (last - first, self.size[1], self.size[0], 3)
+        width, height = self.size
         with one_line_errors(self.path, "folder or .npz archive"):
-            self.file.seek(self.begin + first * math.prod(shape[1:]))
-            content = bytearray(self.file.read(math.prod(shape)))
-            return np.frombuffer(content, np.uint8).reshape(shape).transpose(0, 3, 1, 2)
+            self.file.seek(self.begin + first * height * width * 3)
+            content = bytearray(self.file.read((last - first) * height * width * 3))
+            return np.frombuffer(content, np.uint8).reshape(last - first, height, width, 3).transpose(0, 3, 1, 2)
 
 def open_side(path, crop):
     if os.path.exists(f"{path}/latents.npy"):
@@ -362,8 +343,8 @@ def read_ahead(side, batches):
 
 @torch.inference_mode()
 def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
-    """Run a side's images through the network, split over the ranks -> statistics under ADM's names, pool
-    features (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
+    """Run a side's images through the network, split over the ranks -> statistics under ADM's names,
+    pool features (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
     device = network.fc.weight.device
     sums_device = "cpu" if device.type == "mps" else device  # MPS has no float64
     pool_sums = torch.zeros(2049, 2049, dtype=torch.float64, device=sums_device)
@@ -371,8 +352,7 @@ def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
     pools = torch.zeros(side.count if keep_pool else 0, 2048, device=device)
     logits = torch.zeros(side.count if keep_logits else 0, 1008, device=device)
     # a rank takes whole batches, so that they are the same for any number of ranks
-    firsts = range(0, side.count, batch_size)
-    batches = [(first, min(first + batch_size, side.count)) for first in firsts]
+    batches = [(first, min(first + batch_size, side.count)) for first in range(0, side.count, batch_size)]
     batches = batches[rank * len(batches) // world:(rank + 1) * len(batches) // world]
     progress = Progress(side.path, side.count, quiet=rank > 0)
     for (first, last), images in zip(batches, read_ahead(side, batches)):
@@ -384,7 +364,6 @@ def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
         if keep_logits:
             logits[first:last] = logit
         progress.update((last - first) * world)
-
     if world > 1:
         for tensor in (pool_sums, spatial_sums, pools, logits):
             dist.all_reduce(tensor)
@@ -408,16 +387,6 @@ def parse_flags(argv):
     flag("--device", choices=["cpu"], help="compute there even if there is a GPU")
     return parser.parse_args(argv)
 
-def warn_about(samples, reference):
-    """Print what makes the numbers mislead."""
-    for side in (samples, reference):
-        if 0 < side.count < 50_000 and len(side.statistics) < 4:
-            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high",
-                  file=sys.stderr)
-    if samples.count and reference.count and samples.size != reference.size:
-        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}",
-              file=sys.stderr)
-
 def main(argv=None):
     args = parse_flags(argv)
     rank, world, device = start(args.device)
@@ -430,17 +399,18 @@ def main(argv=None):
     for side in sides:
         if side.count == 1 or not (side.count or side.statistics):
             raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
-    if rank == 0:
-        warn_about(samples, reference)
-    comparable = all(3 < side.count <= MOST_NEIGHBOURS for side in sides)  # by precision and recall
+        if rank == 0 and 0 < side.count < 50_000 and len(side.statistics) < 4:
+            print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high", file=sys.stderr)
+    if rank == 0 and samples.count and reference.count and samples.size != reference.size:
+        print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}", file=sys.stderr)
+    comparable = all(3 < side.count <= 100_000 for side in sides)  # precision's cost is quadratic
     weights = None
     if samples.count or reference.count:
         weights = args.weights or fetch(URL, "--weights", "6726825d")
         network = Inception(weights).to(device)
-    pools, logits = {}, {}
     for side in sides:
         if side.count:
-            measured, pools[side], logits[side] = measure(
+            measured, side.pools, side.logits = measure(
                 side, network, args.batch, rank, world, keep_pool=comparable, keep_logits=side is samples)
             side.statistics = measured | side.statistics  # those of a file win
     if rank > 0:
@@ -452,9 +422,9 @@ def main(argv=None):
             results[name] = frechet_distance(samples.statistics[mu], samples.statistics[sigma],
                                              reference.statistics[mu], reference.statistics[sigma])
     if samples.count:
-        results["IS"], results["IS spread"] = inception_score(logits[samples])
+        results["IS"], results["IS spread"] = inception_score(samples.logits)
     if comparable:
-        results["precision"], results["recall"] = precision_recall(pools[reference], pools[samples])
+        results["precision"], results["recall"] = precision_recall(reference.pools, samples.pools)
     if weights == "random":
         print("NOT an FID: the weights are random, so such numbers compare only with each other")
     for name, value in results.items():
