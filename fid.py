@@ -19,7 +19,7 @@ from sample import (Parser, Progress, UserError, atomic, center_crop, fetch, lis
                     load_weights, number, one_line_errors, open_array, read_image, run, start)
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # by ADM's names
+STATISTICS = {"FID": ("mu", "sigma"), "sFID": ("mu_s", "sigma_s")}  # ADM's names of mean, covariance
 NEEDS = {  # the metrics, in the order of printing, and what they are computed from
     "FID": "images or mu and sigma on both sides",
     "sFID": "images or mu_s and sigma_s on both sides",
@@ -32,7 +32,7 @@ NEEDS = {  # the metrics, in the order of printing, and what they are computed f
 def resize_tf1(x, size=299):
     """TensorFlow 1's bilinear resize of (B, C, H, W): pixel i is read at i * H / size."""
     for _ in range(2):
-        x = x.mT  # first the height comes last, then the width
+        x = x.mT  # the height is last in the first round, the width in the second
         source = torch.arange(size, device=x.device) * (x.shape[-1] / size)
         low = source.long()
         high = (low + 1).clamp(max=x.shape[-1] - 1)
@@ -52,11 +52,10 @@ class Conv(nn.Module):
         return self.bn(self.conv(x)).relu_()
 
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
 # The kinds of blocks, their branches, and the convolutions of each: (end of the name, channels out,
-# kernel height, kernel width). None is a width in which blocks of a kind differ. "_pool" begins with
-# a pool. Where a branch forks, "a" and "b" read the same map.
+# kernel height, kernel width). None is a width in which blocks of a kind differ. The branch
+# "_pool" begins with a pool. Where a branch forks, "a" and "b" read the same map.
 BLOCKS = {
     "35 x 35": {
         "1x1": [("", 64, 1, 1)],
@@ -116,9 +115,9 @@ class Mixed(nn.Module):
 class Inception(nn.Module):
     """FID's Inception-v3 (TensorFlow's graph of 2015-12-05), with the keys of pytorch-fid's port.
 
-    weights: None is an untrained network, "random" one of a fixed seed, else a file's path (UserError
-    if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns in float32
-    what ADM's evaluator (guided-diffusion, evaluations/evaluator.py) reads from the graph:
+    weights: None is an untrained network, "random" one of a fixed seed, else a file's path (with a
+    UserError if it does not fit). `forward` takes uint8 images (B, 3, H, W) of any size and returns
+    what ADM's evaluator (evaluations/evaluator.py of guided-diffusion) reads, in float32:
       pool     (B, 2048)  pool_3, for FID, precision and recall
       spatial  (B, 2023)  7 channels of Mixed_6d.branch1x1, flattened as 17 x 17 x 7, for sFID
       logits   (B, 1008)  without their bias, for the Inception Score
@@ -143,7 +142,7 @@ class Inception(nn.Module):
         self.Mixed_6e = Mixed("17 x 17", 768, width=192)
         self.Mixed_7a = Mixed("17 to 8", 768, pool=HALVE)
         self.Mixed_7b = Mixed("8 x 8", 1280)
-        self.Mixed_7c = Mixed("8 x 8", 2048, pool=MAX_POOL)  # not the mean: FID's graph is so
+        self.Mixed_7c = Mixed("8 x 8", 2048, pool=nn.MaxPool2d(3, stride=1, padding=1))  # no mean: FID's graph is so
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
         if weights == "random":
@@ -183,7 +182,7 @@ def square_root(sigma):
     return np.tril(factor)[np.argsort(pivots), :rank]
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Squared distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2).
+    """Squared distance of Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
     mu (D,); sigma (D, D), symmetric, of any rank. UserError, a ValueError, for other shapes."""
     mu1, sigma1 = np.asarray(mu1, np.float64), np.asarray(sigma1, np.float64)
     mu2, sigma2 = np.asarray(mu2, np.float64), np.asarray(sigma2, np.float64)
@@ -209,12 +208,11 @@ def mean_and_covariance(sums):
 
 def inception_score(logits, split=5000):
     """Inception Score of logits (N, C): mean and standard deviation of exp(mean KL(p(y|x) | p(y)))
-    over consecutive splits of `split` images, a short last one counting equally (ADM's evaluator)."""
-    entropy = torch.special.entr  # -p log p
+    over consecutive splits of `split` images, a short last one counting equally (as in ADM)."""
     scores = []
     for some in torch.as_tensor(logits).cpu().split(split):
         p = some.double().softmax(1)
-        mean_kl = entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()
+        mean_kl = torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()  # entr: -p log p
         scores.append(mean_kl.exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -224,8 +222,8 @@ def squared_distances(x, y, slack=0.0):
     return torch.addmm((1 - slack) * squares, x, y.T, alpha=-2)
 
 def share_inside(points, centres, k):
-    """The share of points no farther from some centre than that one's k-th neighbour among centres."""
-    rows = max(1, 2**25 // max(len(points), len(centres)))
+    """The share of points no farther from some centre than its k-th neighbour among the centres."""
+    rows = max(1, 2**25 // max(len(points), len(centres)))  # so by blocks of 2^25 distances
     radii = []
     for some in centres.split(rows):
         nearest = squared_distances(some, centres).topk(k + 1, largest=False).values
@@ -241,11 +239,10 @@ def share_inside(points, centres, k):
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), as a pair.
 
-    real (N, D), fake (M, D): features, arrays or tensors on one device. Precision is the share of fake
-    points that are no farther from some real point than that one is from its k-th real neighbour,
-    itself not counted; recall is the same with the sets exchanged. Ties within rounding count.
-    Computed in at least float32 (ADM's evaluator: float16), by blocks of 2^25 distances. ValueError if
-    the widths differ or a set has no k-th neighbour.
+    real (N, D), fake (M, D): features, arrays or tensors on one device. Precision is the share of
+    fake points no farther from some real point than that one is from its k-th real neighbour, not
+    counting itself; recall is the same with the sets exchanged. Ties within rounding count. Computed
+    in at least float32 (ADM: float16). ValueError if widths differ or a set has no k-th neighbour.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) <= k:
@@ -343,8 +340,8 @@ def read_ahead(side, batches):
 
 @torch.inference_mode()
 def measure(side, network, batch_size, rank, world, keep_pool, keep_logits):
-    """Run a side's images through the network, split over the ranks -> statistics under ADM's names,
-    pool features (N, 2048) and logits (N, 1008); of features that are not to be kept, no rows."""
+    """Run a side's images through the network, split over the ranks -> statistics by ADM's names,
+    pool features (N, 2048) and logits (N, 1008), without rows where they are not to be kept."""
     device = network.fc.weight.device
     sums_device = "cpu" if device.type == "mps" else device  # MPS has no float64
     pool_sums = torch.zeros(2049, 2049, dtype=torch.float64, device=sums_device)
@@ -395,20 +392,19 @@ def main(argv=None):
             open(args.save, "xb").close()
             os.remove(args.save)
     samples, reference = open_side(args.samples, args.size), open_side(args.reference, args.size)
-    sides = [samples, reference]
-    for side in sides:
+    for side in (samples, reference):
         if side.count == 1 or not (side.count or side.statistics):
             raise UserError(f"{side.path}: expected two images or more, or statistics, found {side.count} images")
         if rank == 0 and 0 < side.count < 50_000 and len(side.statistics) < 4:
             print(f"warning: {side.path}: with only {side.count:,} images, FID and sFID are too high", file=sys.stderr)
     if rank == 0 and samples.count and reference.count and samples.size != reference.size:
         print(f"warning: images of {samples.size} pixels are compared with images of {reference.size}", file=sys.stderr)
-    comparable = all(3 < side.count <= 100_000 for side in sides)  # precision's cost is quadratic
+    comparable = all(3 < side.count <= 100_000 for side in (samples, reference))  # the cost of precision is quadratic
     weights = None
     if samples.count or reference.count:
         weights = args.weights or fetch(URL, "--weights", "6726825d")
         network = Inception(weights).to(device)
-    for side in sides:
+    for side in (samples, reference):
         if side.count:
             measured, side.pools, side.logits = measure(
                 side, network, args.batch, rank, world, keep_pool=comparable, keep_logits=side is samples)
