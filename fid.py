@@ -106,7 +106,7 @@ class Mixed(nn.Module):
             h = self.pool(x) if branch == "_pool" else x
             for name, conv in convs.items():
                 if name.endswith("a"):
-                    outputs.append(conv(h))  # and "b" reads the same h
+                    outputs.append(conv(h))  # "b" reads the same h
                 else:
                     h = conv(h)
             outputs.append(h)
@@ -142,7 +142,7 @@ class Inception(nn.Module):
         self.Mixed_6e = Mixed("17 x 17", 768, width=192)
         self.Mixed_7a = Mixed("17 to 8", 768, pool=HALVE)
         self.Mixed_7b = Mixed("8 x 8", 1280)
-        self.Mixed_7c = Mixed("8 x 8", 2048, pool=nn.MaxPool2d(3, stride=1, padding=1))  # no mean: FID's graph is so
+        self.Mixed_7c = Mixed("8 x 8", 2048, pool=nn.MaxPool2d(3, stride=1, padding=1))  # FID takes the largest
         self.fc = nn.Linear(2048, 1008)
         self.eval().requires_grad_(False)
         if weights == "random":
