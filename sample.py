@@ -41,10 +41,9 @@ DEFAULT_OBJECTIVE = {"SiT": "flow", "DiT": "diffusion"}  # by the first letters 
 
 def default_dtype(device):
     """bf16 where the hardware multiplies it, else fp32."""
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
 
 def compile_blocks(net, wanted, device):
@@ -56,14 +55,13 @@ def compile_blocks(net, wanted, device):
 
 def load_model(path, name=None):
     """Checkpoint file -> (network with the EMA weights on the CPU, config of its training).
-    A file of train.py holds the config; for a published file, `name` is the one of MODELS it holds."""
+    A file of train.py holds the config; of a published file, `name` says what it holds."""
     checkpoint = load_file(path)
     config = checkpoint.get("config")
     if (config is None) == (name is None):  # exactly one of them has to say which model it is
         raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
     if config is None:
-        objective = DEFAULT_OBJECTIVE[name[:3]]
-        config = dict(model=name, objective=objective, vae="ema", label_dropout=0.1)
+        config = dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
     state = weights_in(checkpoint)
     with one_line_errors(path, "DiT or SiT"), torch.device("meta"):
         channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
@@ -72,8 +70,7 @@ def load_model(path, name=None):
         if config["label_dropout"] > 0:
             num_classes -= 1  # the last label is the null label
         net = build_model(config["model"], input_size=side, in_channels=channels, num_classes=num_classes,
-                          class_dropout_prob=config["label_dropout"],
-                          second_time=config["objective"] == "meanflow")
+                          class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 
@@ -81,11 +78,9 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     """Samples `indices` with labels (B,) -> list of Pillow images; options go to objective.sample.
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
-
     def noise(step=None):  # the step plays no part: every generator goes on from where it was
         draws = [generator.standard_normal(shape, np.float32) for generator in generators]
         return torch.from_numpy(np.stack(draws)).to(device)  # (B, *shape)
-
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
         if decode is not None:
@@ -96,8 +91,7 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
 def save_grid(images, path, columns=8):
     """Write Pillow images of one size as one PNG, row by row; small ones are enlarged."""
     width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * width, rows * height))
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     with atomic(path) as file:
@@ -112,12 +106,10 @@ def parse_flags(argv):
     flag("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
     flag("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
     flag("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
-    flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-         help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
+    flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), help="guided times; 0 is noise (0 1)")
     flag("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
     flag("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
-    flag("--labels", choices=["balanced", "random"], default="balanced",
-         help="go through the classes in turn, or draw at random as DiT's and ADM's scripts do (balanced)")
+    flag("--labels", choices=["balanced", "random"], default="balanced", help="in turn (balanced) or at random, like ADM")
     flag("--seed", type=number(int, 0), default=0)
     flag("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
@@ -125,19 +117,6 @@ def parse_flags(argv):
     flag("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), a file or a folder; default: as in training")
     flag("--out", default="samples.npz", help=".npz (arr_0: images, arr_1: labels) or a folder")
     return parser.parse_args(argv)
-
-def sampler_options(args, net, objective):
-    """The flags that go to objective.sample; UserError for what it cannot do."""
-    options = {}
-    for name in ("steps", "method", "cfg", "cfg_interval", "cfg_channels"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    no_noise = torch.empty(0, net.in_channels, net.input_size, net.input_size)
-    try:  # a dry run without images
-        objective.sample(net, no_noise, torch.empty(0, dtype=torch.long), **options)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return options
 
 def choose_labels(args, net, config):
     """Labels (n,) of the samples; label i depends on --seed and i alone."""
@@ -150,8 +129,7 @@ def choose_labels(args, net, config):
         classes = [net.num_classes]
     if args.labels == "balanced":
         return np.resize(classes, args.n)
-    # the 1 sets these generators apart from those of the noise
-    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]
+    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]  # the noise's have no 1
     return np.array([generator.choice(classes) for generator in generators])
 
 def refuse_existing(*paths):
@@ -181,45 +159,47 @@ def write_result(files, labels, folder, out, grid):
 def main(argv=None):
     args = parse_flags(argv)
     out = Path(args.out)
-    grid = out.with_suffix(".png") if out.suffix == ".npz" else Path(f"{out}.png")
+    grid = Path(str(out).removesuffix(".npz") + ".png")
     refuse_existing(out, grid)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
     objective = OBJECTIVES[config["objective"]]()
-    options = sampler_options(args, net, objective)
-    labels = choose_labels(args, net, config)
-    dtype = args.dtype or default_dtype(device)
     shape = (net.in_channels, net.input_size, net.input_size)
-    modules = [net]
-    decode = None
+    options = {}
+    for name in ("steps", "method", "cfg", "cfg_interval", "cfg_channels"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    try:  # without images: what the sampler cannot do is found before any work
+        objective.sample(net, torch.empty((0,) + shape), torch.empty(0).long(), **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    labels = torch.from_numpy(choose_labels(args, net, config))
+    dtype = args.dtype or default_dtype(device)
+    net.to(device)
+    decode = vae = nn.Identity()  # for a model of pixels
     if net.in_channels == 4:
-        vae = VAE(args.vae or config["vae"])
-        modules.append(vae)
+        vae = VAE(args.vae or config["vae"]).to(device)
         decode = vae.decode
 
     # Every image is a file in a folder whose name stands for all that an image depends on.
     # So an interrupted run continues, and images that were made differently never mix.
     made_of = dict(options, seed=args.seed, classes=args.classes, labels=args.labels, dtype=dtype,
-                   objective=config["objective"], shape=shape, weights=fingerprint(*modules))
+                   objective=config["objective"], shape=shape, weights=fingerprint(net, vae))
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     folder = Path(f"{out}.{digest[:8]}.part")
     files = [folder / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        locked = lock(folder)
+        locked = lock(folder)  # until main returns
     barrier()
 
-    for module in modules:
-        module.to(device)
     if dtype == "bf16":
         net.blocks.bfloat16()  # once, instead of by autocast in every call
     compile_blocks(net, args.compile, device)
-    share = range(rank, args.n, world)
-    todo = [i for i in share if not files[i].exists()]
+    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
-        y = torch.from_numpy(labels[indices])
-        images = generate(net, objective, shape, y, indices, args.seed, device, dtype, decode, **options)
+        images = generate(net, objective, shape, labels[indices], indices, args.seed, device, dtype, decode, **options)
         for i, image in zip(indices, images):
             with atomic(files[i]) as file:
                 image.save(file, "PNG", compress_level=1)
@@ -227,7 +207,6 @@ def main(argv=None):
     barrier()
     if rank == 0:
         write_result(files, labels, folder, out, grid)
-        locked.close()
         print(f"wrote {out} and {grid}")
 
 # ----------------------------------------
