@@ -214,8 +214,7 @@ def main(argv=None):
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels, about 4 GB in float32
-VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-              "ema": None}  # not known here: the names and shapes of its tensors are the check
+VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", "ema": None}  # not known
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -265,13 +264,10 @@ def stage(cin, cout, depth, change=None):
     return nn.Sequential(layers)
 
 class VAE(nn.Module):
-    """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8).
-
-    weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded
-    once; else a file, or a folder of diffusers (save_pretrained). UserError for what cannot be had or read
-    or does not fit. Matches diffusers' AutoencoderKL (autoencoder_kl.py), in float32, or in bf16 under the
-    caller's autocast; float16 overflows in VAEs of this family.
-    """
+    """Stable Diffusion's autoencoder of images (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8) and back.
+    weights: None for an untrained one; "ema" or "mse" for stabilityai's sd-vae-ft-ema or -mse, downloaded
+    once; else a file, or a folder of diffusers. UserError for what cannot be had or read or does not fit.
+    Matches diffusers' autoencoder_kl.py in float32, or in bf16 under autocast; float16 would overflow."""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -279,35 +275,30 @@ class VAE(nn.Module):
             conv_in=conv3x3(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512),
-            conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
+            mid_block=Middle(512), conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
         self.decoder = nn.Sequential(OrderedDict(
-            conv_in=conv3x3(4, 512),
-            mid_block=Middle(512),
+            conv_in=conv3x3(4, 512), mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
             conv_norm_out=group_norm(128), silu=nn.SiLU(), conv_out=conv3x3(128, 3)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
         self.requires_grad_(False)
-        if weights is None:
-            return
-        path = vae_file(weights)
-        state = load_file(path)
-        # older files name the attention's layers otherwise, which are 1x1 convolutions there
-        spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        for old, new in spellings.items():
-            state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
-        for name in state:
-            if ".attentions." in name:
-                state[name] = state[name].squeeze()
-        load_weights(self, state, path)
+        if weights is not None:
+            path = vae_file(weights)
+            state = load_file(path)
+            # older files name the attention's layers otherwise, which are 1x1 convolutions there
+            for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+                state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+            for name in state:
+                if ".attentions." in name:
+                    state[name] = state[name].squeeze()
+            load_weights(self, state, path)
 
     def encode(self, x):
-        """Images -> (mean, std) of the posterior, times 0.18215; in float32, for latents are kept."""
-        moments = []
+        """Images -> (mean, std) of the posterior, times 0.18215; in float32, as they are kept."""
+        slices = x.split(max(1, SLICE_PIXELS // x[0, 0].numel()))
         with torch.autocast(x.device.type, enabled=False):
-            for images in x.split(max(1, SLICE_PIXELS // x[0, 0].numel())):
-                moments.append(self.quant_conv(self.encoder(images)))
+            moments = [self.quant_conv(self.encoder(images)) for images in slices]
         mean, log_variance = torch.cat(moments).chunk(2, dim=1)
         return LATENT_SCALE * mean, LATENT_SCALE * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
@@ -322,17 +313,16 @@ class VAE(nn.Module):
 
 def vae_file(weights):
     """Path of the file that holds a VAE's weights; `weights` as in VAE."""
+    file = "diffusion_pytorch_model"
     if weights in VAE_SHA256:
         name = f"sd-vae-ft-{weights}"
-        url = f"https://huggingface.co/stabilityai/{name}/resolve/main/diffusion_pytorch_model.safetensors"
+        url = f"https://huggingface.co/stabilityai/{name}/resolve/main/{file}.safetensors"
         return fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
-    places = [Path(weights)]
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        places += [Path(weights, name), Path(weights, "vae", name)]  # of a VAE, or of a pipeline
-    for path in places:
+    for name in ("", f"{file}.safetensors", f"vae/{file}.safetensors", f"{file}.bin", f"vae/{file}.bin"):
+        path = Path(weights, name)  # the file itself, or in the folder of a VAE or of a pipeline
         if path.is_file():
             return path
-    raise UserError(f"{weights}: No such file, nor a folder with {name}: name the VAE with --vae FILE")
+    raise UserError(f"{weights}: No such file, nor a folder with {file}.bin: name the VAE with --vae FILE")
 
 # ----------------------------------------
 # What the three command lines share: errors, processes, progress, and files
