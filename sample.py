@@ -354,58 +354,43 @@ def number(kind, low, high=math.inf):
     return parse
 
 def run(main, argv=None):
-    """Call main(argv); a UserError becomes one line on stderr and exit code 2.
-
-    torchrun ends all ranks once one has exited. So a rank that waits leaves it to others to speak.
-    """
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main(argv)
         barrier()  # the other ranks may still need this one
-    except (UserError, KeyboardInterrupt) as error:
-        if rank > 0:
-            wait_for_the_end(5 + rank)  # the lowest rank in trouble speaks
-        program = Path(main.__code__.co_filename).stem
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        if rank > 0 or (isinstance(error, RuntimeError) and "RANK" in os.environ):
+            # Once another rank has said why and exited, torchrun's SIGTERM is to end this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py may have taken it
+            time.sleep(5 + rank)
+        if isinstance(error, RuntimeError):
+            raise
         message = " ".join(str(error).split()) or "interrupted"
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(main.__code__.co_filename).stem}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 130)
-    except RuntimeError:
-        if "RANK" in os.environ:
-            wait_for_the_end(10)  # perhaps it is a rank that is gone, and has said why
-        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def wait_for_the_end(seconds):
-    """Give torchrun time to end this rank by SIGTERM, which train.py would only take note of."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
-
 def start(device=None):
     """Pick CUDA, else MPS, else CPU; join torchrun's group -> (rank, number of ranks, device)."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     alone = "RANK" not in os.environ
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
-    if device is None and alone and torch.backends.mps.is_available():
+    gpu = device is None and torch.cuda.is_available()
+    if gpu:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    elif device is None and alone and torch.backends.mps.is_available():
         device = "mps"  # only alone, since MPS cannot exchange tensors
     device = torch.device(device or "cpu")
-    gpu = device.type == "cuda"
-    if gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node: this machine has only {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
-    # torchrun keeps one store for all its attempts, and a restarted rank would read where dead ones
-    # listened (PyTorch issue 135712). Nodes count their attempts separately: this works on one node.
-    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
-        timeout=timedelta(hours=12),  # as when others wait for one that writes a large file
-        rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+    # torchrun keeps one store for all attempts, and a restarted rank would read where dead ones
+    # listened (PyTorch issue 135712). Nodes count attempts separately: this works on one node.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if gpu else None, timeout=timedelta(hours=12))  # while one rank writes
     return rank, world, device
 
 def barrier():
@@ -436,19 +421,16 @@ class Progress:
 @contextlib.contextmanager
 def one_line_errors(path, what=None):
     """An error of the file system becomes a UserError that names this path.
-    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile."""
+    Where a file of the kind `what` is read, whatever its decoder raises makes an UnreadableFile."""
     try:
         yield
     except Exception as error:
-        cause = error
-        if isinstance(error, RuntimeError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides an OSError
         if getattr(cause, "errno", None):  # decoders raise OSErrors, too, but without a number
             raise UserError(f"{path}: {cause.strerror}") from None
         if what is None:
             raise
-        # torch's second sentence tells how to run a hostile file
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__  # the first sentence
         raise UnreadableFile(f"{path}: not a readable {what} ({reason})") from None
 
 @contextlib.contextmanager
@@ -486,29 +468,27 @@ def fetch(url, flag, sha256=None, name=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"cannot download {url} ({error}): "
-                            f"put the file at {path}, or name it with {flag} FILE")
+            raise UserError(f"cannot download {url} ({error}): put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
 
 def load_file(path):
-    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for pickled code.
-    Rank 0 compares checksums, which .safetensors files and those from before torch 1.6 do not have."""
+    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and pickled code.
+    Rank 0 compares checksums, which .safetensors files and those before torch 1.6 do not have."""
     with one_line_errors(path, "weights file"):
+        if Path(path).suffix == ".safetensors":
+            return load_safetensors(path)
         zipped = zipfile.is_zipfile(path)
         if zipped and os.environ.get("RANK", "0") == "0":
             damaged = zipfile.ZipFile(path).testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        if Path(path).suffix == ".safetensors":
-            state = load_safetensors(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         for name, tensor in weights_in(state).items():
             if not isinstance(name, str) or not torch.is_tensor(tensor):
                 raise ValueError("it holds no state dict")
-    return state
+        return state
 
 def load_safetensors(path):
     """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON,
@@ -520,8 +500,7 @@ def load_safetensors(path):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        flat = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
-        header[name] = flat.reshape(entry["shape"])
+        header[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
     return header
 
 def weights_in(checkpoint):
@@ -530,12 +509,11 @@ def weights_in(checkpoint):
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
-    expected = module.state_dict()
-    for name in sorted(state.keys() | expected.keys()):
-        found = tuple(state[name].shape) if name in state else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
-            raise UserError(f"{path}: {name} is {found} where {wanted} is expected")
+    have = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    need = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    for key in sorted(have.keys() | need.keys()):
+        if have.get(key) != need.get(key):
+            raise UserError(f"{path}: {key} is {have.get(key, 'nothing')} where {need.get(key, 'nothing')} is expected")
     module.load_state_dict(state, assign=assign)
 
 def fingerprint(*modules):
@@ -558,11 +536,9 @@ def open_array(path):
         return np.lib.format.open_memmap(path, mode="r")
 
 def list_images(folder):
-    """Sorted paths of the images in a folder and below, by file extension, without hidden ones.
-    Links are followed, but a folder that is reached several times counts once."""
+    """Sorted paths of a folder's images, by extension, without hidden ones. Links are followed, but only once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
-
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
