@@ -109,7 +109,7 @@ def parse_flags(argv):
     flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), help="guided times; 0 is noise (0 1)")
     flag("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
     flag("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
-    flag("--labels", choices=["balanced", "random"], default="balanced", help="in turn (balanced) or at random, like ADM")
+    flag("--labels", choices=["balanced", "random"], default="balanced", help="in turn (balanced) or random, like ADM")
     flag("--seed", type=number(int, 0), default=0)
     flag("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
