@@ -41,10 +41,9 @@ DEFAULT_OBJECTIVE = {"SiT": "flow", "DiT": "diffusion"}  # by the first letters 
 
 def default_dtype(device):
     """bf16 where the hardware multiplies it, else fp32."""
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
 
 def compile_blocks(net, wanted, device):
@@ -56,14 +55,13 @@ def compile_blocks(net, wanted, device):
 
 def load_model(path, name=None):
     """Checkpoint file -> (network with the EMA weights on the CPU, config of its training).
-    A file of train.py holds the config; for a published file, `name` is the one of MODELS it holds."""
+    A file of train.py holds the config; of a published file, `name` says what it holds."""
     checkpoint = load_file(path)
     config = checkpoint.get("config")
     if (config is None) == (name is None):  # exactly one of them has to say which model it is
         raise UserError(f"{path}: say with --model what a published file holds, such as SiT-XL/2, and of no other file")
     if config is None:
-        objective = DEFAULT_OBJECTIVE[name[:3]]
-        config = dict(model=name, objective=objective, vae="ema", label_dropout=0.1)
+        config = dict(model=name, objective=DEFAULT_OBJECTIVE[name[:3]], vae="ema", label_dropout=0.1)
     state = weights_in(checkpoint)
     with one_line_errors(path, "DiT or SiT"), torch.device("meta"):
         channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
@@ -72,8 +70,7 @@ def load_model(path, name=None):
         if config["label_dropout"] > 0:
             num_classes -= 1  # the last label is the null label
         net = build_model(config["model"], input_size=side, in_channels=channels, num_classes=num_classes,
-                          class_dropout_prob=config["label_dropout"],
-                          second_time=config["objective"] == "meanflow")
+                          class_dropout_prob=config["label_dropout"], second_time=config["objective"] == "meanflow")
     load_weights(net, state, path, assign=True)
     return net.float().eval().requires_grad_(False), config
 
@@ -81,11 +78,9 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
     """Samples `indices` with labels (B,) -> list of Pillow images; options go to objective.sample.
     Each sample has a noise generator of its own, and so depends on (seed, index) alone."""
     generators = [np.random.default_rng([seed, index]) for index in indices]
-
     def noise(step=None):  # the step plays no part: every generator goes on from where it was
         draws = [generator.standard_normal(shape, np.float32) for generator in generators]
         return torch.from_numpy(np.stack(draws)).to(device)  # (B, *shape)
-
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         x = objective.sample(net, noise(), labels.to(device), noise_fn=noise, **options)
         if decode is not None:
@@ -96,8 +91,7 @@ def generate(net, objective, shape, labels, indices, seed, device, dtype, decode
 def save_grid(images, path, columns=8):
     """Write Pillow images of one size as one PNG, row by row; small ones are enlarged."""
     width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * width, rows * height))
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     with atomic(path) as file:
@@ -112,12 +106,10 @@ def parse_flags(argv):
     flag("--steps", type=number(int, 1), help="sampling intervals (250; MeanFlow: 1)")
     flag("--method", help="SiT: heun, euler, sde; DiT: ddpm, ddim, heun; default: the first")
     flag("--cfg", type=number(float, 0), default=1.0, help="guidance scale; 1: none (1)")
-    flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-         help="times in which guidance acts; 0 is noise, 1 is data (0 1)")
+    flag("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), help="guided times; 0 is noise (0 1)")
     flag("--cfg-channels", type=number(int, 1), help="guide the first channels only; published: 3")
     flag("--classes", help="numbers of the classes to sample, such as 207,360; default: all")
-    flag("--labels", choices=["balanced", "random"], default="balanced",
-         help="go through the classes in turn, or draw at random as DiT's and ADM's scripts do (balanced)")
+    flag("--labels", choices=["balanced", "random"], default="balanced", help="in turn (balanced) or random, like ADM")
     flag("--seed", type=number(int, 0), default=0)
     flag("--batch", type=number(int, 1), default=64, help="images at a time on each rank (64)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
@@ -125,19 +117,6 @@ def parse_flags(argv):
     flag("--vae", help="ema, mse (stabilityai's sd-vae-ft-*), a file or a folder; default: as in training")
     flag("--out", default="samples.npz", help=".npz (arr_0: images, arr_1: labels) or a folder")
     return parser.parse_args(argv)
-
-def sampler_options(args, net, objective):
-    """The flags that go to objective.sample; UserError for what it cannot do."""
-    options = {}
-    for name in ("steps", "method", "cfg", "cfg_interval", "cfg_channels"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    no_noise = torch.empty(0, net.in_channels, net.input_size, net.input_size)
-    try:  # a dry run without images
-        objective.sample(net, no_noise, torch.empty(0, dtype=torch.long), **options)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return options
 
 def choose_labels(args, net, config):
     """Labels (n,) of the samples; label i depends on --seed and i alone."""
@@ -150,8 +129,7 @@ def choose_labels(args, net, config):
         classes = [net.num_classes]
     if args.labels == "balanced":
         return np.resize(classes, args.n)
-    # the 1 sets these generators apart from those of the noise
-    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]
+    generators = [np.random.default_rng([args.seed, i, 1]) for i in range(args.n)]  # the noise's have no 1
     return np.array([generator.choice(classes) for generator in generators])
 
 def refuse_existing(*paths):
@@ -181,45 +159,47 @@ def write_result(files, labels, folder, out, grid):
 def main(argv=None):
     args = parse_flags(argv)
     out = Path(args.out)
-    grid = out.with_suffix(".png") if out.suffix == ".npz" else Path(f"{out}.png")
+    grid = Path(str(out).removesuffix(".npz") + ".png")
     refuse_existing(out, grid)
     rank, world, device = start()
     net, config = load_model(args.ckpt, args.model)
     objective = OBJECTIVES[config["objective"]]()
-    options = sampler_options(args, net, objective)
-    labels = choose_labels(args, net, config)
-    dtype = args.dtype or default_dtype(device)
     shape = (net.in_channels, net.input_size, net.input_size)
-    modules = [net]
-    decode = None
+    options = {}
+    for name in ("steps", "method", "cfg", "cfg_interval", "cfg_channels"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    try:  # without images: what the sampler cannot do is found before any work
+        objective.sample(net, torch.empty((0,) + shape), torch.empty(0).long(), **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    labels = torch.from_numpy(choose_labels(args, net, config))
+    dtype = args.dtype or default_dtype(device)
+    net.to(device)
+    decode = vae = nn.Identity()  # for a model of pixels
     if net.in_channels == 4:
-        vae = VAE(args.vae or config["vae"])
-        modules.append(vae)
+        vae = VAE(args.vae or config["vae"]).to(device)
         decode = vae.decode
 
     # Every image is a file in a folder whose name stands for all that an image depends on.
     # So an interrupted run continues, and images that were made differently never mix.
     made_of = dict(options, seed=args.seed, classes=args.classes, labels=args.labels, dtype=dtype,
-                   objective=config["objective"], shape=shape, weights=fingerprint(*modules))
+                   objective=config["objective"], shape=shape, weights=fingerprint(net, vae))
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     folder = Path(f"{out}.{digest[:8]}.part")
     files = [folder / f"{i:06d}.png" for i in range(args.n)]
     if rank == 0:
-        locked = lock(folder)
+        locked = lock(folder)  # until main returns
     barrier()
 
-    for module in modules:
-        module.to(device)
     if dtype == "bf16":
         net.blocks.bfloat16()  # once, instead of by autocast in every call
     compile_blocks(net, args.compile, device)
-    share = range(rank, args.n, world)
-    todo = [i for i in share if not files[i].exists()]
+    todo = [i for i in range(rank, args.n, world) if not files[i].exists()]
     progress = Progress("sampling", len(todo) * world, quiet=rank > 0)
     for begin in range(0, len(todo), args.batch):
         indices = todo[begin:begin + args.batch]
-        y = torch.from_numpy(labels[indices])
-        images = generate(net, objective, shape, y, indices, args.seed, device, dtype, decode, **options)
+        images = generate(net, objective, shape, labels[indices], indices, args.seed, device, dtype, decode, **options)
         for i, image in zip(indices, images):
             with atomic(files[i]) as file:
                 image.save(file, "PNG", compress_level=1)
@@ -227,7 +207,6 @@ def main(argv=None):
     barrier()
     if rank == 0:
         write_result(files, labels, folder, out, grid)
-        locked.close()
         print(f"wrote {out} and {grid}")
 
 # ----------------------------------------
@@ -235,8 +214,7 @@ def main(argv=None):
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels, about 4 GB in float32
-VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-              "ema": None}  # not known here: the names and shapes of its tensors are the check
+VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", "ema": None}  # not known
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -286,13 +264,10 @@ def stage(cin, cout, depth, change=None):
     return nn.Sequential(layers)
 
 class VAE(nn.Module):
-    """Stable Diffusion's autoencoder between images (B, 3, H, W) in [-1, 1] and latents (B, 4, H/8, W/8).
-
-    weights: None leaves it untrained; "ema" and "mse" are stabilityai's sd-vae-ft-ema and -mse, downloaded
-    once; else a file, or a folder of diffusers (save_pretrained). UserError for what cannot be had or read
-    or does not fit. Matches diffusers' AutoencoderKL (autoencoder_kl.py), in float32, or in bf16 under the
-    caller's autocast; float16 overflows in VAEs of this family.
-    """
+    """Stable Diffusion's autoencoder of images (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8) and back.
+    weights: None for an untrained one; "ema" or "mse" for stabilityai's sd-vae-ft-ema or -mse, downloaded
+    once; else a file, or a folder of diffusers. UserError for what cannot be had or read or does not fit.
+    Matches diffusers' autoencoder_kl.py in float32, or in bf16 under autocast; float16 would overflow."""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -300,35 +275,30 @@ class VAE(nn.Module):
             conv_in=conv3x3(3, 128),
             down_blocks=nn.Sequential(stage(128, 128, 2, "half"), stage(128, 256, 2, "half"),
                                       stage(256, 512, 2, "half"), stage(512, 512, 2)),
-            mid_block=Middle(512),
-            conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
+            mid_block=Middle(512), conv_norm_out=group_norm(512), silu=nn.SiLU(), conv_out=conv3x3(512, 8)))
         self.decoder = nn.Sequential(OrderedDict(
-            conv_in=conv3x3(4, 512),
-            mid_block=Middle(512),
+            conv_in=conv3x3(4, 512), mid_block=Middle(512),
             up_blocks=nn.Sequential(stage(512, 512, 3, "twice"), stage(512, 512, 3, "twice"),
                                     stage(512, 256, 3, "twice"), stage(256, 128, 3)),
             conv_norm_out=group_norm(128), silu=nn.SiLU(), conv_out=conv3x3(128, 3)))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
         self.requires_grad_(False)
-        if weights is None:
-            return
-        path = vae_file(weights)
-        state = load_file(path)
-        # older files name the attention's layers otherwise, which are 1x1 convolutions there
-        spellings = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        for old, new in spellings.items():
-            state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
-        for name in state:
-            if ".attentions." in name:
-                state[name] = state[name].squeeze()
-        load_weights(self, state, path)
+        if weights is not None:
+            path = vae_file(weights)
+            state = load_file(path)
+            # older files name the attention's layers otherwise, which are 1x1 convolutions there
+            for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+                state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
+            for name in state:
+                if ".attentions." in name:
+                    state[name] = state[name].squeeze()
+            load_weights(self, state, path)
 
     def encode(self, x):
-        """Images -> (mean, std) of the posterior, times 0.18215; in float32, for latents are kept."""
-        moments = []
+        """Images -> (mean, std) of the posterior, times 0.18215; in float32, as they are kept."""
+        slices = x.split(max(1, SLICE_PIXELS // x[0, 0].numel()))
         with torch.autocast(x.device.type, enabled=False):
-            for images in x.split(max(1, SLICE_PIXELS // x[0, 0].numel())):
-                moments.append(self.quant_conv(self.encoder(images)))
+            moments = [self.quant_conv(self.encoder(images)) for images in slices]
         mean, log_variance = torch.cat(moments).chunk(2, dim=1)
         return LATENT_SCALE * mean, LATENT_SCALE * torch.exp(0.5 * log_variance.clamp(-30, 20))
 
@@ -343,17 +313,16 @@ class VAE(nn.Module):
 
 def vae_file(weights):
     """Path of the file that holds a VAE's weights; `weights` as in VAE."""
+    file = "diffusion_pytorch_model"
     if weights in VAE_SHA256:
         name = f"sd-vae-ft-{weights}"
-        url = f"https://huggingface.co/stabilityai/{name}/resolve/main/diffusion_pytorch_model.safetensors"
+        url = f"https://huggingface.co/stabilityai/{name}/resolve/main/{file}.safetensors"
         return fetch(url, "--vae", VAE_SHA256[weights], name=f"{name}.safetensors")
-    places = [Path(weights)]
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        places += [Path(weights, name), Path(weights, "vae", name)]  # of a VAE, or of a pipeline
-    for path in places:
+    for name in ("", f"{file}.safetensors", f"vae/{file}.safetensors", f"{file}.bin", f"vae/{file}.bin"):
+        path = Path(weights, name)  # the file itself, or in the folder of a VAE or of a pipeline
         if path.is_file():
             return path
-    raise UserError(f"{weights}: No such file, nor a folder with {name}: name the VAE with --vae FILE")
+    raise UserError(f"{weights}: No such file, nor a folder with {file}.bin: name the VAE with --vae FILE")
 
 # ----------------------------------------
 # What the three command lines share: errors, processes, progress, and files
@@ -385,58 +354,43 @@ def number(kind, low, high=math.inf):
     return parse
 
 def run(main, argv=None):
-    """Call main(argv); a UserError becomes one line on stderr and exit code 2.
-
-    torchrun ends all ranks once one has exited. So a rank that waits leaves it to others to speak.
-    """
+    """Call main(argv); a UserError becomes one line on stderr and exit code 2."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main(argv)
         barrier()  # the other ranks may still need this one
-    except (UserError, KeyboardInterrupt) as error:
-        if rank > 0:
-            wait_for_the_end(5 + rank)  # the lowest rank in trouble speaks
-        program = Path(main.__code__.co_filename).stem
+    except (UserError, KeyboardInterrupt, RuntimeError) as error:
+        if rank > 0 or (isinstance(error, RuntimeError) and "RANK" in os.environ):
+            # Once another rank has said why and exited, torchrun's SIGTERM is to end this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py may have taken it
+            time.sleep(5 + rank)
+        if isinstance(error, RuntimeError):
+            raise
         message = " ".join(str(error).split()) or "interrupted"
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(main.__code__.co_filename).stem}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 130)
-    except RuntimeError:
-        if "RANK" in os.environ:
-            wait_for_the_end(10)  # perhaps it is a rank that is gone, and has said why
-        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def wait_for_the_end(seconds):
-    """Give torchrun time to end this rank by SIGTERM, which train.py would only take note of."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
-
 def start(device=None):
     """Pick CUDA, else MPS, else CPU; join torchrun's group -> (rank, number of ranks, device)."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     alone = "RANK" not in os.environ
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
-    if device is None and alone and torch.backends.mps.is_available():
+    gpu = device is None and torch.cuda.is_available()
+    if gpu:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    elif device is None and alone and torch.backends.mps.is_available():
         device = "mps"  # only alone, since MPS cannot exchange tensors
     device = torch.device(device or "cpu")
-    gpu = device.type == "cuda"
-    if gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node: this machine has only {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
     if alone:
         return 0, 1, device
-    # torchrun keeps one store for all its attempts, and a restarted rank would read where dead ones
-    # listened (PyTorch issue 135712). Nodes count their attempts separately: this works on one node.
-    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store, rank, world = next(dist.rendezvous("env://"))  # has a timeout of its own
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None,
-        timeout=timedelta(hours=12),  # as when others wait for one that writes a large file
-        rank=rank, world_size=world, store=dist.PrefixStore(attempt, store))
+    # torchrun keeps one store for all attempts, and a restarted rank would read where dead ones
+    # listened (PyTorch issue 135712). Nodes count attempts separately: this works on one node.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=device if gpu else None, timeout=timedelta(hours=12))  # while one rank writes
     return rank, world, device
 
 def barrier():
@@ -467,19 +421,16 @@ class Progress:
 @contextlib.contextmanager
 def one_line_errors(path, what=None):
     """An error of the file system becomes a UserError that names this path.
-    Where a file of the kind `what` is read, whatever its decoder raises becomes an UnreadableFile."""
+    Where a file of the kind `what` is read, whatever its decoder raises makes an UnreadableFile."""
     try:
         yield
     except Exception as error:
-        cause = error
-        if isinstance(error, RuntimeError):
-            cause = error.__context__  # torch.save hides the disk's error behind its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides an OSError
         if getattr(cause, "errno", None):  # decoders raise OSErrors, too, but without a number
             raise UserError(f"{path}: {cause.strerror}") from None
         if what is None:
             raise
-        # torch's second sentence tells how to run a hostile file
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__  # the first sentence
         raise UnreadableFile(f"{path}: not a readable {what} ({reason})") from None
 
 @contextlib.contextmanager
@@ -517,29 +468,27 @@ def fetch(url, flag, sha256=None, name=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"cannot download {url} ({error}): "
-                            f"put the file at {path}, or name it with {flag} FILE")
+            raise UserError(f"cannot download {url} ({error}): put the file at {path}, or name it with {flag} FILE")
     barrier()
     return path
 
 def load_file(path):
-    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and for pickled code.
-    Rank 0 compares checksums, which .safetensors files and those from before torch 1.6 do not have."""
+    """The dict in a torch or .safetensors file, on the CPU; UserError for damage and pickled code.
+    Rank 0 compares checksums, which .safetensors files and those before torch 1.6 do not have."""
     with one_line_errors(path, "weights file"):
+        if Path(path).suffix == ".safetensors":
+            return load_safetensors(path)
         zipped = zipfile.is_zipfile(path)
         if zipped and os.environ.get("RANK", "0") == "0":
             damaged = zipfile.ZipFile(path).testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        if Path(path).suffix == ".safetensors":
-            state = load_safetensors(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         for name, tensor in weights_in(state).items():
             if not isinstance(name, str) or not torch.is_tensor(tensor):
                 raise ValueError("it holds no state dict")
-    return state
+        return state
 
 def load_safetensors(path):
     """{name: tensor}. The format: the header's length (8 bytes, little-endian), the header (JSON,
@@ -551,8 +500,7 @@ def load_safetensors(path):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        flat = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
-        header[name] = flat.reshape(entry["shape"])
+        header[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
     return header
 
 def weights_in(checkpoint):
@@ -561,12 +509,11 @@ def weights_in(checkpoint):
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
-    expected = module.state_dict()
-    for name in sorted(state.keys() | expected.keys()):
-        found = tuple(state[name].shape) if name in state else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
-        if found != wanted:
-            raise UserError(f"{path}: {name} is {found} where {wanted} is expected")
+    have = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    need = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    for key in sorted(have.keys() | need.keys()):
+        if have.get(key) != need.get(key):
+            raise UserError(f"{path}: {key} is {have.get(key, 'nothing')} where {need.get(key, 'nothing')} is expected")
     module.load_state_dict(state, assign=assign)
 
 def fingerprint(*modules):
@@ -589,11 +536,9 @@ def open_array(path):
         return np.lib.format.open_memmap(path, mode="r")
 
 def list_images(folder):
-    """Sorted paths of the images in a folder and below, by file extension, without hidden ones.
-    Links are followed, but a folder that is reached several times counts once."""
+    """Sorted paths of a folder's images, by extension, without hidden ones. Links are followed, but only once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
-
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths, seen = [], set()
     for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
