@@ -214,7 +214,7 @@ def main(argv=None):
 
 LATENT_SCALE = 0.18215  # gives latents about unit variance
 SLICE_PIXELS = 2 ** 20  # encoded or decoded at once: 16 images of 256 pixels, about 4 GB in float32
-VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", "ema": None}  # not known
+VAE_SHA256 = {"mse": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", "ema": None}  # unknown
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -378,6 +378,8 @@ def start(device=None):
     gpu = device is None and torch.cuda.is_available()
     if gpu:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if torch.device(device).index >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: this machine has only {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     elif device is None and alone and torch.backends.mps.is_available():
         device = "mps"  # only alone, since MPS cannot exchange tensors
@@ -509,11 +511,11 @@ def weights_in(checkpoint):
 
 def load_weights(module, state, path, assign=False):
     """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
-    have = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    need = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    for key in sorted(have.keys() | need.keys()):
-        if have.get(key) != need.get(key):
-            raise UserError(f"{path}: {key} is {have.get(key, 'nothing')} where {need.get(key, 'nothing')} is expected")
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise UserError(f"{path}: {key} is {found.get(key, 'nothing')} where {wanted.get(key, 'nothing')} is expected")
     module.load_state_dict(state, assign=assign)
 
 def fingerprint(*modules):
@@ -536,7 +538,7 @@ def open_array(path):
         return np.lib.format.open_memmap(path, mode="r")
 
 def list_images(folder):
-    """Sorted paths of a folder's images, by extension, without hidden ones. Links are followed, but only once."""
+    """Sorted paths of the images below a folder, by extension, without hidden ones. Follows links once."""
     def unreadable(error):
         raise UserError(f"{error.filename}: {error.strerror}")
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
