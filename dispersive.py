@@ -1,9 +1,8 @@
-"""Dispersive Loss and what it was published on: losses, transformer, objectives and samplers.
+"""Dispersive Loss, and the transformer, objectives and samplers that it was published with.
 
 Time is SiT's: t = 0 is noise, t = 1 is data, x_t = t*x + (1-t)*noise, velocity v = x - noise.
-GaussianDiffusion's `times` and `loss`, and its network, count DiT's steps instead: 0 is next to the
-data, 999 is noise. Images and latents are (B, C, H, W). Labels are (B,) int64; num_classes is the
-null label, "no class".
+GaussianDiffusion and its network use DiT's step numbers instead: 0 is next to the data, 999 is noise.
+Images and latents are (B, C, H, W). Labels are (B,) int64; num_classes is the null label, "no class".
 """
 import math
 
@@ -23,11 +22,11 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     kind, with D(a, b) = |a - b|^2 / dim, or -cos(a, b) for "cosine"; the means include i = j:
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
-        "covariance"          mean_{m != n} C_mn^2, C the correlation of features m and n
-    group: compare only samples of a group, so many consecutive ones, and average over the groups.
-        Default: one group; the paper: 16.
-    Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. It can
-    be differentiated once: second derivatives would be wrong, and are NaN or infinite instead.
+        "covariance"          mean_{k != l} C_kl^2, C the correlation of features k and l
+    group: the number of consecutive samples that are compared with each other. The loss is the mean
+        over such groups. Default: B, a single group; the paper: 16.
+    Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. Second
+    derivatives are NaN or infinite on purpose, since they would be wrong.
     ValueError for an unknown kind or a group that does not divide B.
 
     D is divided by dim because with a sum over thousands of features exp(-D / tau) is zero for all
@@ -36,7 +35,7 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     check_known(kind, "kind", KINDS)
     if kind == "covariance":
         z = standardize(split_groups(z, group))  # (groups, n, dim)
-        variances = z.square().mean(-2)  # C_mm, (groups, dim)
+        variances = z.square().mean(-2)  # C_kk, (groups, dim)
         return mean_off_diagonal(gram(z).square(), variances)
     return repulsion(pairwise_distances(z, kind, group), kind, tau, margin)
 
@@ -48,27 +47,30 @@ def pairwise_distances(z, kind="infonce", group=None):
         lengths = diagonal_of(products).clamp(min=1e-24).sqrt()
         return -products / (lengths[..., :, None] * lengths[..., None, :])
     # |a|^2 + |b|^2 - 2ab loses its digits where all samples share a large offset. A common shift
-    # changes no distance: measure from the first sample of the group.
+    # changes no distance, and needs no gradient: measure from the first sample of the group.
     products = gram(z - z[:, :1].detach())
     squares = diagonal_of(products)
     D = (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
+    # Rounding may go below zero. D_ii is zero, and is masked for the gradient's sake: its part cancels
+    # to zero, but it is far larger than the others' near the loss's floor, and they would be rounded away.
     itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
-    return D.clamp(min=0).masked_fill(itself, 0)  # no distance is below zero, but rounding may be
+    return D.clamp(min=0).masked_fill(itself, 0)
 
 def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
     """The dispersive loss of distances D (groups, n, n), for every kind but "covariance"."""
     if kind == "hinge":
         return (margin - D).relu().square().mean()
     n = D.shape[-1]
-    return (-D / tau).logsumexp((-2, -1)).mean() - math.log(n ** 2)
+    return (-D / tau).logsumexp((-2, -1)).mean() - 2 * math.log(n)
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
-    """The contrastive counterparts of dispersive_loss; z_pos is a second view of every sample.
+    """The contrastive counterpart of dispersive_loss; z_pos is a second view of every sample.
 
         "infonce", "cosine"   mean_i [D(z_i, z_pos_i) / tau + log sum_j exp(-D(z_i, z_pos_j) / tau)]
         "hinge"               mean_i [D(z_i, z_pos_i)^2 + mean_j max(0, margin - D(z_i, z_pos_j))^2]
-        "covariance"          mean_m (1 - C_mm)^2 + cov_weight * mean_{m != n} C_mn^2, C_mn between
+        "covariance"          mean_k (1 - C_kk)^2 + cov_weight * mean_{k != l} C_kl^2, C_kl between
                               the views: Barlow Twins (Zbontar et al. 2021), with means, not sums
+    j = i is included.
     """
     check_known(kind, "kind", KINDS)
     if z.shape != z_pos.shape:
@@ -76,11 +78,11 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
     z, z_pos = split_groups(z, group), split_groups(z_pos, group)  # (groups, n, dim) each
     if kind == "covariance":
         z, z_pos = standardize(z), standardize(z_pos)
-        correlations = (z * z_pos).mean(-2)  # C_mm, (groups, dim)
+        correlations = (z * z_pos).mean(-2)  # C_kk, (groups, dim)
         redundancy = mean_off_diagonal(gram(z) * gram(z_pos), correlations)
         return (1 - correlations).square().mean() + cov_weight * redundancy
     n = z.shape[1]
-    both = torch.cat([z, z_pos], 1).flatten(0, 1)
+    both = torch.cat([z, z_pos], 1).flatten(0, 1)  # `gram` compares a set with itself
     D = pairwise_distances(both, kind, group=2 * n)[:, :n, n:]  # from the first view to the second
     positive = diagonal_of(D)
     if kind == "hinge":
@@ -117,7 +119,7 @@ def mean_distance(z, group=None):
 @torch.no_grad()
 def effective_rank(z, group=None):
     """How many directions the samples of z (B, ...) spread over, a scalar from 1 to group - 1: exp of
-    the entropy of the centred Gram matrix's normalised eigenvalues (Roy & Vetterli 2007)."""
+    the entropy of the variances along them (Roy & Vetterli 2007, who take their square roots)."""
     z = split_groups(z, group)
     eigenvalues = torch.linalg.eigvalsh(gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
     tiny = torch.finfo(z.dtype).tiny  # so that a collapsed group has rank 1
@@ -141,33 +143,33 @@ def gram(z):
     """Inner products of the samples within every group, (groups, n, dim) -> (groups, n, n)."""
     groups, n, _ = z.shape
     rows = z.flatten(0, 1)  # one product of all rows: GPUs are slow at many small products
-    with torch.autocast(z.device.type, enabled=False):  # which would round to 16 bits
-        products = rows @ rows.detach().mT  # (groups * n, groups * n)
+    with torch.autocast(z.device.type, enabled=False):  # autocast would round to 16 bits
+        products = (rows @ rows.detach().mT).view(groups, n, groups, n)
     each = torch.arange(groups, device=z.device)
-    products = products.unflatten(1, (groups, n)).unflatten(0, (groups, n))
-    products = products[each, :, each]  # the blocks on the diagonal, (groups, n, n)
+    products = products[each, :, each]  # of the rows of each group, (groups, n, n)
     # One factor was held fixed, so these products carry half of the gradient. They are symmetric, so
     # their transposes carry the other half: the backward pass needs one large product, not two.
     change = products - products.detach()  # zero, with half of the gradient
-    return products.detach() + change + change.mT + change.pow(1.5)  # infinite second derivative
+    # the last term is zero, with zero gradient; it makes second derivatives, which lack a part, infinite
+    return products.detach() + change + change.mT + change.pow(1.5)
 
 def diagonal_of(x):
-    """(groups, n, n) -> (groups, n). torch 2.13 on CPUs may compile Tensor.diagonal's gradient wrongly."""
+    """(groups, n, n) -> (groups, n). Not by Tensor.diagonal, whose gradient torch 2.13 compiles wrongly."""
     return (x * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).sum(-1)
 
 def standardize(z):
     """Zero mean and unit population variance over the group; constant features become zero."""
-    z = z - z[..., :1, :].detach()  # a constant feature becomes exactly zero; its mean may not
-    z = z - z.mean(-2, keepdim=True)
-    return z * (z.square().mean(-2, keepdim=True) + 1e-20).rsqrt()
+    z = z - z[:, :1].detach()  # a constant feature becomes exactly zero; less its mean, it may not
+    z = z - z.mean(1, keepdim=True)
+    return z * (z.square().mean(1, keepdim=True) + 1e-20).rsqrt()
 
 def mean_off_diagonal(products, diagonal):
-    """mean_{m != n} C_mn^2, a scalar, of correlations C = a^T b / n between standardised a and b.
+    """mean_{k != l} C_kl^2, a scalar, of correlations C = a^T b / n between standardised a and b.
 
-    products: gram(a) * gram(b), (groups, n, n). diagonal: C_mm, (groups, dim).
+    products: gram(a) * gram(b), (groups, n, n). diagonal: C_kk, (groups, dim).
     """
     # C is dim x dim, far too large. But factors rotate inside a trace, so n x n matrices suffice:
-    # sum_mn C_mn^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2
+    # sum_kl C_kl^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2
     #               = sum_ij (a a^T)_ij (b b^T)_ij / n^2
     n, dim = products.shape[-1], diagonal.shape[-1]
     everything = products.sum((-2, -1)) / n ** 2  # (groups,)
@@ -186,7 +188,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         exponents = torch.arange(128, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) / 128 * exponents)  # (B, 128)
-        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        waves = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 class PatchEmbedder(nn.Module):
@@ -198,7 +200,7 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x):
         x = self.proj(x).flatten(2).transpose(1, 2)
-        return x.contiguous()  # in memory, too: else every layer norm copies its input
+        return x.contiguous()  # else every layer norm copies its input
 
 class LabelEmbedder(nn.Module):  # a class only so that the parameter has its published name
     def __init__(self, labels, dim):
@@ -243,7 +245,7 @@ class Block(nn.Module):
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)  # for both branches
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -272,8 +274,8 @@ class DiT(nn.Module):
     input_size, in_channels: images are (in_channels, input_size, input_size).
     class_dropout_prob: if positive, the null label num_classes exists. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
-    second_time: MeanFlow's second time r. Its embedder puts out zero at first, so that the model
-        still computes what a SiT does whose weights it is given.
+    second_time: MeanFlow's second time r. Its embedder, of r - t, puts out zero at first, so that a
+        model with a SiT's weights begins as that SiT.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
@@ -299,7 +301,7 @@ class DiT(nn.Module):
         """adaLN-Zero: every block starts as the identity, and the output as zero."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution counts as linear
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: convolutions count as linear
                 nn.init.zeros_(module.bias)
         for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -314,7 +316,8 @@ class DiT(nn.Module):
         """x (B, C, H, W), t (B,), y (B,) -> output (B, out_channels, H, W), list of activations.
 
         t: SiT's time, or DiT's step in 0..999. r (B,): a model's second time; by default it is t.
-        blocks: numbers, from 1, of the blocks whose activations (B, T, hidden_size) are returned.
+        blocks: numbers, from 1, of the blocks whose activations (B, T, hidden_size) are returned, in
+            the order of the network.
         """
         self.check_inputs(x, r, blocks)
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
@@ -342,8 +345,8 @@ class DiT(nn.Module):
             raise ValueError(f"expected images {expected}, got {tuple(x.shape[1:])}")
         if r is not None and self.r_embedder is None:
             raise ValueError("the model has no second time for r: build it with second_time=True")
-        for number in set(blocks) - set(range(1, len(self.blocks) + 1)):
-            raise ValueError(f"block {number}: expected a number from 1 to {len(self.blocks)}")
+        if not set(blocks) <= set(range(1, len(self.blocks) + 1)):
+            raise ValueError(f"blocks {list(blocks)}: expected numbers from 1 to {len(self.blocks)}")
 
 SIZES = {"XS": (256, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16),
          "XL": (1152, 28, 16)}  # XS is ours, for small experiments
@@ -360,11 +363,12 @@ def build_model(name, **overrides):
     return DiT(**dict(MODELS[name], **overrides))
 
 # ----------------------------------------
-# Objectives: what to regress in training, and how to integrate it in sampling.
+# Objectives: what to regress in training, and how to integrate it in sampling. The three classes share
+# the arguments of `times`, `loss` and `sample`.
 
-def per_sample(error):
-    """Mean over everything but the batch, in at least float32: (B, ...) -> (B,)."""
-    return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).mean(1)
+def mean_square(error):
+    """Mean square of everything but the batch, in at least float32: (B, ...) -> (B,)."""
+    return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).square().mean(1)
 
 def null_labels(model, y):
     if not model.has_null_label:
@@ -396,36 +400,37 @@ class FlowMatching:
     methods = ("heun", "euler", "sde")
 
     def times(self, n, generator=None, device=None):
-        """n times (n,), uniform in [0, 1), on the generator's device or the given one."""
+        """Times (n,), uniform in [0, 1), on the given device; default: the generator's."""
         return torch.rand(n, generator=generator, device=device or generator.device)
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
-        """Mean squared error per sample (B,), and the activations after the named blocks.
+        """Mean squared error per sample (B,), and the activations after these blocks.
 
-        x (B, C, H, W), y (B,): data and labels. t (B,), noise: drawn when not given. r is ignored.
+        x (B, C, H, W), y (B,): data and labels. t (B,), noise: drawn when not given. r: only MeanFlow's.
         """
         t = self.times(len(x), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
         x_t = (noise + t.view(-1, 1, 1, 1) * velocity).to(x.dtype)
         out, activations = model(x_t, t, y, blocks=blocks)
-        return per_sample((out[:, :x.shape[1]] - velocity).square()), activations
+        return mean_square(out[:, :x.shape[1]] - velocity), activations
 
     @torch.no_grad()
     def sample(self, model, noise, y, steps=250, method="heun", cfg=1.0, cfg_interval=(0, 1),
                cfg_channels=None, noise_fn=None):
         """Integrate from noise (B, C, H, W) with labels y (B,) to samples, in `steps` intervals.
 
-        method: "heun" (the paper's), "euler", or "sde": Euler-Maruyama on SiT's reverse SDE with
-            diffusion 1 - t; of two steps or more, the last is 0.04 long and without noise.
+        method: "heun" (the paper's), "euler", or "sde": Euler-Maruyama on SiT's reverse SDE with noise
+            sqrt(2 (1 - t)) dW. Its last step is 0.04 long (if there are two) and adds none.
         cfg: scale of guidance for t in cfg_interval, on the first cfg_channels channels (default:
             all; the published DiT and SiT code guides 3 of 4). noise_fn(k) gives step k's noise.
         """
         check_sampling(self, noise, method, cfg_channels)
         channels = noise.shape[1]
+        low, high = sorted(cfg_interval)
 
         def velocity(x, t):
-            scale = cfg if min(cfg_interval) <= t <= max(cfg_interval) else 1
+            scale = cfg if low <= t <= high else 1
             return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
 
         grid = [k / steps for k in range(steps + 1)]
@@ -437,8 +442,8 @@ class FlowMatching:
             v = velocity(x, t)
             if method == "heun":
                 v = (v + velocity(x + dt * v, grid[k + 1])) / 2
-            if method == "sde":
-                v = (1 + t) * v - x  # velocity + diffusion * score, score = (t*v - x) / (1-t)
+            elif method == "sde":
+                v = (1 + t) * v - x  # v + (1 - t) * score, with score = (t*v - x) / (1 - t)
             x = x + dt * v
             if method == "sde" and k < steps - 1:
                 step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(k)
@@ -458,7 +463,7 @@ def chain_constants(abar, device):
                      log_variance=variance.log(), log_beta=beta.log())
     return {name: value.float().to(device) for name, value in constants.items()}
 
-def posterior(chain, k, x_t, eps, v):
+def reverse_step(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
 
     Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_variance, v = 1 log_beta.
@@ -473,9 +478,9 @@ def normal_cdf(x):
 
 def discretized_log_likelihood(x, mean, log_std):
     """Log-probability of 8-bit levels x in [-1, 1] under a normal: bins of 2/255, the outer ones open."""
-    below = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
-    above = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    lower = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
+    upper = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
 
 def euler_in_sigma(x, eps, sigma, next_sigma):
@@ -488,7 +493,7 @@ class GaussianDiffusion:
 
     Nichol & Dhariwal 2021, arXiv 2102.09672. x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise,
     abar_t the product of alpha = 1 - beta over steps 0..t, beta rising linearly from 1e-4 to 0.02.
-    The first half of the model's 2*C channels predicts the noise, the other one the variance.
+    The first half of the model's 2*C channels predicts the noise, the second half the variance.
     Matches the published DiT's create_diffusion().
     """
 
@@ -497,16 +502,15 @@ class GaussianDiffusion:
     def __init__(self):
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
         self.abar = torch.cumprod(1 - beta, 0)
-        self.chains = {}  # the constants by device; copying them in every step would wait for it
+        self.chains = {}  # the constants by device; a copy in every step would wait for the device
 
     def times(self, n, generator=None, device=None):
         """n step numbers (n,), uniform in 0..999."""
         return torch.randint(1000, (n,), generator=generator, device=device or generator.device)
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
-        """Squared error of the noise plus variational bound in bits per dimension, (B,); activations.
-
-        As FlowMatching.loss, but t (B,) are step numbers. The bound trains the variance alone.
+        """The noise's squared error plus the variational bound in bits per dimension, (B,), and the
+        activations. As FlowMatching.loss, but t (B,) are step numbers. The bound trains the variance alone.
         """
         if x.device not in self.chains:
             self.chains[x.device] = chain_constants(self.abar, x.device)
@@ -517,29 +521,29 @@ class GaussianDiffusion:
         out, activations = model(x_t, t, y, blocks=blocks)
         out = out.to(torch.promote_types(x.dtype, torch.float32))
         eps, v = out.split(x.shape[1], 1)
-        squared_error = (eps - noise).square()
+        squared_error = mean_square(eps - noise)
         eps = eps.detach()
-        mean, log_variance = posterior(chain, t, x_t, eps, v)
+        mean, log_variance = reverse_step(chain, t, x_t, eps, v)
         mean_gap = chain["eps_scale"][t] * (eps - noise)  # to the mean of q(x_prev | x_t, x)
         log_ratio = log_variance - chain["log_variance"][t]
         kl = 0.5 * (log_ratio - 1 + (-log_ratio).exp() + mean_gap.square() * (-log_variance).exp())
         nll = -discretized_log_likelihood(x, mean, 0.5 * log_variance)
         bound = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl)
-        return per_sample(squared_error) + per_sample(bound) / math.log(2), activations
+        return squared_error + bound.flatten(1).mean(1) / math.log(2), activations
 
     def spaced(self, n, method):
-        """The n step numbers that a sampler visits, ascending, as DiT's respace.py; else ValueError."""
+        """The n step numbers that a sampler visits, ascending, as DiT's respace.py chooses them."""
+        if not 2 <= n <= 1000:
+            raise ValueError(f"{method} takes 2 to 1000 steps, got {n}")
         if method == "ddpm":
-            if not 2 <= n <= 1000:
-                raise ValueError(f"ddpm takes 2 to 1000 steps, got {n}")
             positions = [0.0]  # evenly to 999, by summation: products would round to other steps
             while len(positions) < n:
                 positions.append(positions[-1] + 999 / (n - 1))
             return [round(position) for position in positions]
-        for stride in range(1, 1000):  # the smallest that gives n steps
-            if len(range(0, 1000, stride)) == n:
-                return list(range(0, 1000, stride))
-        raise ValueError(f"{method} takes every i-th of 1000 steps, and no i gives {n} steps")
+        numbers = list(range(0, 1000, math.ceil(1000 / n)))
+        if len(numbers) != n:
+            raise ValueError(f"{method} takes every i-th of 1000 steps, and no i gives {n} steps")
+        return numbers
 
     @torch.no_grad()
     def sample(self, model, noise, y, steps=250, method="ddpm", cfg=1.0, cfg_interval=(0, 1),
@@ -554,6 +558,7 @@ class GaussianDiffusion:
         """
         check_sampling(self, noise, method, cfg_channels)
         channels = noise.shape[1]
+        low, high = sorted(cfg_interval)
         numbers = self.spaced(steps, method)
         abar = self.abar[numbers]
         chain = chain_constants(abar, noise.device)
@@ -561,16 +566,16 @@ class GaussianDiffusion:
 
         def predict(x, k):
             t = 1 / (1 + sigma[k])
-            scale = cfg if min(cfg_interval) <= t <= max(cfg_interval) else 1
+            scale = cfg if low <= t <= high else 1
             out = guided(model, x, numbers[k], y, scale, cfg_channels or channels)
-            return out.split(channels, 1)  # of the noise, and the variance
+            return out.split(channels, 1)  # eps and v, of the noise and the variance
 
         x = noise
         for k in reversed(range(steps)):
             next_sigma = sigma[k - 1] if k > 0 else 0.0
             eps, v = predict(x, k)
             if method == "ddpm":
-                x, log_variance = posterior(chain, k, x, eps, v)
+                x, log_variance = reverse_step(chain, k, x, eps, v)
                 if k > 0:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
@@ -599,28 +604,29 @@ class MeanFlow:
         self.omega, self.kappa, self.interval = omega, kappa, interval
 
     def moving(self, n, position=0):
-        """Index of those among n samples, the first at `position` in the batch, that have r != t."""
-        # they are at the positions that `every` divides; the first is -position % every further on
+        """The samples with r != t, a slice: those whose positions in the batch `every` divides.
+        The n samples have consecutive positions from `position` on."""
         return slice(-position % self.every, n, self.every)
 
     def times(self, n, generator=None, device=None):
         """Times t and r >= t, (n,) each: logit-normal, and r != t only in the `moving` samples."""
         device = device or generator.device
-        a, b = torch.sigmoid(torch.randn(2, n, generator=generator, device=device) - 0.4)
-        t, later = 1 - torch.maximum(a, b), 1 - torch.minimum(a, b)
+        a, b = torch.sigmoid(0.4 - torch.randn(2, n, generator=generator, device=device))
+        t = torch.minimum(a, b)
         r = t.clone()
-        r[self.moving(n)] = later[self.moving(n)]
+        r[self.moving(n)] = torch.maximum(a, b)[self.moving(n)]
         return t, r
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), moving=slice(None)):
-        """Mean squared error per sample (B,), to be passed through `weight`, and the activations.
+        """Mean squared error per sample (B,), to be passed through `weighted`, and the activations.
 
-        As FlowMatching.loss, but without t, t and r (B,) are drawn; without r alone, r = t. `moving`
-        is the index of the samples with r != t (default: all). The model must not be in
-        DistributedDataParallel.
+        As FlowMatching.loss. If t is None, t and r (B,) are drawn; if only r is None, r = t.
+        moving: index of the samples with r != t, which alone need the derivative (default: all).
+        Forward-mode differentiation fails in DistributedDataParallel: give the model inside it.
         """
         if t is None:
             t, r = self.times(len(x), device=x.device)
+            moving = self.moving(len(x))
         r = t if r is None else r
         noise = torch.randn_like(x) if noise is None else noise
         velocity = x - noise
@@ -631,8 +637,8 @@ class MeanFlow:
             slope[moving] = self.derivative(
                 model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
             target = v + (r - t).view(-1, 1, 1, 1) * slope  # the MeanFlow identity, eq. 6
-        out, activations = model(x_t, t, y, r, blocks=blocks)
-        return per_sample((out[:, :x.shape[1]] - target).square()), activations
+        out, activations = model(x_t, t, y, r, blocks=blocks)  # again, now with gradients
+        return mean_square(out[:, :x.shape[1]] - target), activations
 
     def guide(self, model, x_t, y, t, v):
         """The velocity v, guided as omega, kappa and interval say."""
@@ -658,9 +664,10 @@ class MeanFlow:
         torch.clear_autocast_cache()
         return slope
 
-    def weight(self, loss, size):
-        """What to minimise: the error summed over a sample's `size` numbers, over itself + 0.01."""
-        total = size * loss
+    def weighted(self, error, size):
+        """What to minimise: the error, summed over a sample's `size` numbers, divided by itself + 0.01
+        without gradient (p = 1 in the paper)."""
+        total = size * error
         return total / (total.detach() + 0.01)
 
     @torch.no_grad()

@@ -37,8 +37,8 @@ import fid
 import sample
 import train
 from dispersive import (KINDS, MODELS, DiT, FlowMatching, GaussianDiffusion, MeanFlow, build_model, chain_constants,
-                        contrastive_loss, dispersive_floor, dispersive_loss, effective_rank, mean_distance, posterior,
-                        repa_loss, repa_projector)
+                        contrastive_loss, dispersive_floor, dispersive_loss, effective_rank, mean_distance, repa_loss,
+                        repa_projector, reverse_step)
 from sample import UserError
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks are started, too many for one GPU, and bits compared
@@ -271,7 +271,7 @@ def test_dit_its_loss_and_posterior_equal_the_published_code():
     eps, v = dit(x_t, t, y)[0].chunk(2, 1)
     result = {"out": dit(rn(21, 3, 4, 32, 32), torch.tensor([0, 500, 999]), y[:3])[0],
               "mse": (eps - noise).square().mean((1, 2, 3)),
-              "mean": posterior(chain_constants(diffusion.abar, "cpu"), t, x_t, eps, v)[0]}
+              "mean": reverse_step(chain_constants(diffusion.abar, "cpu"), t, x_t, eps, v)[0]}
     result["vb"] = diffusion.loss(dit, x, y, t, noise)[0] - result["mse"]
     for name, values in result.items():
         for i, value in enumerate(values):
@@ -412,9 +412,9 @@ def test_guidance_has_a_scale_an_interval_and_channels_and_leaves_the_variance(c
     diffusion = GaussianDiffusion()
     result = diffusion.sample(model, noise, y, 2, "ddpm", 3.0, (0.5, 0), channels, step_noise.get)  # in either order
     chain = chain_constants(diffusion.abar[[0, 999]], "cpu")
-    x, log_variance = posterior(chain, 1, noise, *guided(model, noise, 999, y, 3.0, channels or 3).chunk(2, 1))
+    x, log_variance = reverse_step(chain, 1, noise, *guided(model, noise, 999, y, 3.0, channels or 3).chunk(2, 1))
     x = x + (log_variance / 2).exp() * step_noise[0]
-    close(result, posterior(chain, 0, x, *model(x, torch.zeros(2), y)[0].chunk(2, 1))[0], 1e-10)
+    close(result, reverse_step(chain, 0, x, *model(x, torch.zeros(2), y)[0].chunk(2, 1))[0], 1e-10)
 
 @pytest.mark.parametrize("objective", [FlowMatching(), GaussianDiffusion(), MeanFlow()])
 def test_samplers_refuse_what_is_impossible(objective):

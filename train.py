@@ -495,7 +495,7 @@ class Losses(nn.Module):
         terms = {"loss": error.mean()}
         total = terms["loss"]
         if self.meanflow:
-            total = self.objective.weight(error, x[0].numel()).mean()
+            total = self.objective.weighted(error, x[0].numel()).mean()
 
         # + lambda * L_disp
         if args.disp_blocks:
