@@ -772,8 +772,8 @@ def test_latents_are_drawn_from_the_posterior_of_the_image_or_its_mirror(base):
     assert data.shape == (4, 4, 4) and len(data.rows) == 5 and labels.tolist() == [0, 1]
 
 def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(monkeypatch):
-    demo, again = train.demo_data(40), train.demo_data(40).latents
-    images, labels, names = demo.latents, demo.labels, demo.classes
+    demo, again = train.demo_data(40), train.demo_data(40).images
+    images, labels, names = demo.images, demo.labels, demo.classes
     assert np.array_equal(images, again) and images.dtype == np.uint8 and images.shape == (40, 3, 16, 16)
     assert np.bincount(labels).tolist() == [4] * 10 and len(names) == 10
     for world, batch in ((1, 32), (2, 32), (8, 128)):  # groups of 16 on every rank
@@ -1103,6 +1103,11 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_befo
     path.write_bytes(torch_bytes(dict(model={"x": torch.zeros(1)})))
     assert f"{path}: not a checkpoint of this train.py" in fails(train.main, capsys, *args, "run")
     path.unlink()
+    older = path.with_name("ckpt.prev.pt")
+    shutil.copy(older, "good.pt")
+    os.truncate(older, 50)
+    assert "ckpt.prev.pt: " in (line := fails(train.main, capsys, *args, "run")) and "go on from the start" in line
+    shutil.copy("good.pt", older)
     trains(*args, "run")
     assert same_run("run", "whole")
 
@@ -1146,12 +1151,12 @@ def test_ranks_that_do_not_share_the_folder_do_not_start(base):
 BAD_FLAGS = [
     ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 8"), ("--lr nan", "--lr: "),
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
-    ("--batch 40", "--batch 40 must be a multiple of ranks x --micro, 1 x 40"),
-    ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
+    ("--batch 40", "40 images per pass and rank (--micro, or --batch / ranks) must be a multiple of --disp-group, 16"),
+    ("--micro 12", "--batch 32 must be a multiple of ranks x --micro, 1 x 12"), ("--images nowhere --data x", "nowhere: "),
     ("--images x --data y --size 20", "--size 20: the VAE needs a multiple of 8"),
     ("--steps 2 --epochs 2", "--epochs: not allowed with argument --steps"), ("--wandb", "--wandb: not installed"),
     ("--images x --data y --model SiT-nano/8 --size 32", "SiT-nano/8: its patches do not divide data of size 4"),
-    ("--images x --data y --batch 40", "--batch 40 must be"),
+    ("--images x --data y --batch 40", "40 images per"), ("--meanflow-omega 2", "need --objective meanflow"),
     ("--images x --data y --size 64 --val z", "z/labels.npy: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),

@@ -1,12 +1,12 @@
 """Train a diffusion transformer with Dispersive Loss.
 
-    python train.py                                      a demo that draws its own data
+    python train.py                                      a demo that makes its own data
     python train.py --images photos --data data/photos --vae none --size 32    cache, then train
     torchrun --nproc_per_node=8 train.py --data data/photos
 
 A run is a function of (config, data, seed, step). Every draw of a step has a generator of its own,
 seeded by (seed, step, purpose), which draws for the whole global batch; each rank takes its slice.
-So a run can go on from a checkpoint alone, and ranks and passes only change the order of sums.
+So a checkpoint suffices to go on, and ranks and --micro change nothing but the order of sums.
 """
 import argparse
 import colorsys
@@ -14,6 +14,7 @@ import copy
 import fcntl
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -39,12 +40,12 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
                     start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# When a run goes on, flags in FREE may change, and those in LOGGED may, with a line in the log; others
-# must stay. For data, vae and repa, `Data.contents` stands in the config instead of the path.
+# When a run goes on, flags in FREE may change, and those in LOGGED with a line in the log; others
+# must stay. Of data, vae and repa the config holds what Data.contents returns, not the path given.
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "out", "init",
         "snapshot_every", "wandb", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
-# the demo's defaults, where there are neither --data nor --images; its batch is in `parse`
+# the demo's defaults, where there are neither --data nor --images; its batch depends on the ranks
 DEMO = dict(model="SiT-XS/4", lr=1e-3, ema=0.99, steps=1500, log_every=50, ckpt_every=400, sample_every=400)
 
 def parse(argv):
@@ -66,18 +67,18 @@ def parse(argv):
     flag("--model", choices=MODELS, default="SiT-B/2", metavar="NAME",
          help="SiT- or DiT-, then XS, S, B, L or XL, then /2, /4 or /8 (SiT-B/2; demo: SiT-XS/4)")
     flag("--objective", choices=OBJECTIVES, help="default: flow for SiT, diffusion for DiT")
-    length = p.add_mutually_exclusive_group().add_argument
-    length("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
-    length("--steps", type=count, help="instead of --epochs (demo: 1500)")
-    flag("--batch", type=count, default=256, help="of all ranks (256; demo: 32, or 16 a rank)")
+    either = p.add_mutually_exclusive_group().add_argument
+    either("--epochs", type=number(float, 1e-3), help="passes over the data (80)")
+    either("--steps", type=count, help="instead of --epochs (demo: 1500)")
+    flag("--batch", type=count, default=256, help="of all ranks (256; demo: 32 or more)")
     flag("--micro", type=count, help="images per forward pass and rank; default: all its share")
     flag("--init", metavar="FILE", help="start from a checkpoint's weights, own or published")
     flag("--lr", type=amount, default=1e-4, help="learning rate (1e-4; demo: 1e-3)")
     flag("--beta2", type=number(float, 0, 0.999999), help="of AdamW (0.999; MeanFlow: 0.95)")
-    flag("--ema", type=share, default=0.9999, help="decay, warmed up (0.9999; demo: 0.99)")
+    flag("--ema", type=share, default=0.9999, help="decay of the mean weights (0.9999; demo: 0.99)")
     flag("--grad-clip", type=amount, default=0.0, help="largest gradient norm; 0: no clipping (0)")
-    flag("--label-dropout", type=share, default=0.1, help="share (0.1); 1: train without labels")
-    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of all that is drawn (0)")
+    flag("--label-dropout", type=share, default=0.1, help="share dropped (0.1); 1: no labels")
+    flag("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of all random numbers (0)")
     flag("--dtype", choices=["bf16", "fp32"], help="default: bf16 where the hardware multiplies it")
     flag("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
     # the dispersive loss, and what it is compared with
@@ -86,14 +87,14 @@ def parse(argv):
     flag("--disp-tau", type=number(float, 1e-3), default=0.5, help="temperature (0.5)")
     flag("--disp-margin", type=amount, default=1.0, help="margin of the hinge (1)")
     flag("--disp-blocks", help="'all', or numbers from 1 such as 3,6; default: depth/4")
-    flag("--disp-group", type=number(int, 2), default=16, help="samples that are compared (16)")
+    flag("--disp-group", type=number(int, 2), default=16, help="samples compared at a time (16)")
     flag("--contrastive", choices=["independent", "dependent"],
-         help="with a second view: of its own noise and time, or of the same noise and near time")
+         help="with a second view, of its own noise and time; or of the same noise and a near time")
     flag("--repa", metavar="FILE", help="align with an encoder's features, .npy (N, 2, tokens, D)")
     flag("--repa-weight", type=amount, default=0.5, help="weight of that term (0.5)")
-    flag("--repa-block", type=count, help="the aligned block; default: 8 for L and XL, else 4")
-    flag("--meanflow-omega", type=amount, default=1.0, help="guidance in training (1)")
-    flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="likewise (0)")
+    flag("--repa-block", type=count, help="block to align; default: 8 for L and XL, else 4")
+    flag("--meanflow-omega", type=amount, default=1.0, help="omega of its guidance (1)")
+    flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="kappa, likewise (0)")
     flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
          help="the times that are guided (0 1)")
     # output
@@ -101,53 +102,59 @@ def parse(argv):
     flag("--log-every", type=count, default=100, help="steps per log line (100; demo: 50)")
     flag("--ckpt-every", type=count, default=5000, help="steps per checkpoint (5000; demo: 400)")
     flag("--sample-every", type=count, default=10000, help="steps per grid (10000; demo: 400)")
-    flag("--snapshot-every", type=count, help="keep the EMA of every so many steps")
+    flag("--snapshot-every", type=count, help="steps per kept copy of the EMA (none)")
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
 
     args = p.parse_args(argv)
-    if not args.data and not args.images:
+    if not args.data and not args.images:  # the demo: again, with its defaults
         p.set_defaults(batch=max(32, 16 * int(os.environ.get("WORLD_SIZE", 1))), **DEMO)
         args = p.parse_args(argv)
+        if args.epochs:
+            args.steps = None
     complete(args)
     return args
 
 def complete(args):
     """Fill in what depends on other flags, and refuse what does not go together."""
-    if args.epochs:
-        args.steps = None  # the demo's
+    depth = MODELS[args.model]["depth"]
     args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
+    meanflow = args.objective == "meanflow"
     if args.beta2 is None:
-        args.beta2 = 0.95 if args.objective == "meanflow" else 0.999
+        args.beta2 = 0.95 if meanflow else 0.999
     if args.repa_block is None:
         args.repa_block = 8 if "L/" in args.model else 4  # L and XL
-    depth = MODELS[args.model]["depth"]
-    text = args.disp_blocks or str(depth // 4)
-    known = [str(block) for block in range(1, depth + 1)]
-    chosen = known if text == "all" else text.split(",")
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
     rules = [
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
         (args.images and args.vae != "none" and args.size % 8, f"--size {args.size}: the VAE needs a multiple of 8"),
+        (guided and not meanflow, "--meanflow-omega, -kappa need --objective meanflow"),
         (guided and args.label_dropout == 0, "--meanflow-omega, -kappa need the null label: a --label-dropout above 0"),
         (args.contrastive and args.disp == "none", "--contrastive needs a --disp other than none"),
-        (set(chosen) - set(known), f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3"),
         (args.repa and args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: not installed: pip install wandb")]
     for broken, message in rules:
         if broken:
             raise UserError(message)
+    args.disp_blocks = parse_blocks(args.disp_blocks or str(depth // 4), depth)
     if args.disp == "none":
-        chosen = []
-    args.disp_blocks = sorted(int(block) for block in set(chosen))
+        args.disp_blocks = []
+
+def parse_blocks(text, depth):
+    """--disp-blocks -> sorted numbers of blocks."""
+    known = [str(block) for block in range(1, depth + 1)]
+    chosen = set(known if text == "all" else text.split(","))
+    if not chosen <= set(known):
+        raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
+    return sorted(int(block) for block in chosen)
 
 def check_data(args, world, side):
-    """--batch, --model, --val and --repa against the ranks and the height and width of the data."""
-    micro = args.micro or max(1, args.batch // world)
-    group = args.disp_group if args.disp_blocks else 1
-    if args.batch % (world * micro) or micro % group:
-        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {micro}, "
-                        f"and --micro of --disp-group, {group} (1 without dispersion)")
+    """Refuse --batch, --model, --val or --repa that do not fit the ranks or data of side x side."""
+    if args.batch % (world * args.micro):
+        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {args.micro}")
+    if args.disp_blocks and args.micro % args.disp_group:
+        raise UserError(f"{args.micro} images per pass and rank (--micro, or --batch / ranks) must be a "
+                        f"multiple of --disp-group, {args.disp_group}")
     patch = MODELS[args.model]["patch_size"]
     if side % patch:
         raise UserError(f"--model {args.model}: its patches do not divide data of size {side}")
@@ -157,13 +164,14 @@ def check_data(args, world, side):
         tokens = (side // patch) ** 2
         found = open_array(args.repa)
         if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens):
-            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), found {found.dtype} {found.shape}")
+            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), "
+                            f"found {found.dtype} {found.shape}")
 
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
 
-# The demo's shapes are stars: number of corners, inner radius, turn, size of the hole. Two corners
-# and inner radius 1 make a square. Each is its own mirror image, so that flips keep the class.
+# The demo's shapes are stars: number of points, inner radius, rotation in turns, size of the hole.
+# Two points and inner radius 1 make a square. Each equals its mirror image, so that flips keep classes.
 SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0),
           "frame": (2, 1, 1 / 8, 0.5), "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0),
           "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0), "spark": (4, 0.35, 0, 0),
@@ -172,15 +180,15 @@ BACKGROUND = (16, 18, 32)
 
 def draw_shape(name, rng, size):
     """A shape of a random colour, place and size -> pixels (3, size, size) uint8."""
-    corners, inner, turn, hole = SHAPES[name]
+    points, inner, turn, hole = SHAPES[name]
     large = 8 * size  # drawn large, then averaged
     radius = large * rng.uniform(0.36, 0.44)
     center = large * rng.uniform(0.45, 0.55, 2)
     color = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.95), 1.0)
     # points at even angles, alternately at the radius and at the inner radius
-    angles = 2 * math.pi * (np.arange(2 * corners) / (2 * corners) + turn)
-    radii = radius * np.resize([1, inner], 2 * corners)
-    outline = np.stack([radii * np.sin(angles), -radii * np.cos(angles)], 1)  # (2 * corners, 2)
+    angles = 2 * math.pi * (np.arange(2 * points) / (2 * points) + turn)
+    radii = radius * np.tile([1, inner], points)
+    outline = np.stack([radii * np.sin(angles), -radii * np.cos(angles)], 1)  # (2 * points, 2)
 
     canvas = Image.new("RGB", (large, large), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -199,17 +207,17 @@ def demo_data(n=4000, size=16):
 
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
+    ready, ahead = None, None
     with ThreadPoolExecutor(1) as pool:
-        coming = []
         for item in items:
-            coming.append(pool.submit(function, item))
-            if len(coming) == 2:
-                yield coming.pop(0).result()
-        for last in coming:
-            yield last.result()
+            ready, ahead = ahead, pool.submit(function, item)
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
 
 def load_crop(file, label, size):
-    """An image file -> pixels (3, size, size) uint8 and label; if unreadable, black and -1."""
+    """An image file -> (pixels (3, size, size) uint8, label); an unreadable one: (black, -1)."""
     try:
         return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), label
     except UnreadableFile as error:
@@ -224,23 +232,23 @@ def encode_views(vae, images, device):
     return torch.stack(views, 1).half().cpu().numpy()
 
 def write_rows(path, first, rows):
-    """Write rows into an .npy file. On a full disk this is an error; mapped memory would crash."""
+    """Write to rows of an .npy. On a full disk this fails; mapped memory would kill the process."""
     begin = open_array(path).offset + first * rows[0].nbytes
     with one_line_errors(path), open(path, "r+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)  # against other nodes: network disks write whole pages
+        fcntl.lockf(file, fcntl.LOCK_EX)  # nodes write whole pages to network disks, others' rows too
         file.seek(begin)
         file.write(rows.tobytes())
         file.flush()
         os.fsync(file.fileno())
 
 def begin_cache(target, meta, count, shape, dtype):
-    """Write meta.json, labels of `count` images that are not cached yet, and empty latents. Where that
+    """Write meta.json, labels of `count` images that are not cached yet, last empty latents. If that
     was done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
-        differ = [name for name in ("classes", "size", "images", "vae_sha256") if before.get(name) != meta[name]]
-        if differ:
-            raise UserError(f"--data {target}: was begun with other {' and '.join(differ)}; name another")
+        for name in ("classes", "size", "images", "vae_sha256"):
+            if before.get(name) != meta[name]:
+                raise UserError(f"--data {target}: was begun with other {name}; name another")
     elif not (target / "labels.npy").exists():
         with one_line_errors(target):
             with atomic(target / "meta.json") as file:
@@ -256,7 +264,7 @@ def cache_images(args, rank, world, device):
     that an interrupted run knows where to go on. -1 is an unreadable image.
     """
     folder, target = Path(args.images), Path(args.data)
-    marks = target / "labels.new.npy"
+    unfinished, finished = target / "labels.new.npy", target / "labels.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders, found images without a class")
@@ -270,70 +278,68 @@ def cache_images(args, rank, world, device):
         sha256 = fingerprint(vae)  # a path may come to hold other weights
         shape, dtype = (2, 8, args.size // 8, args.size // 8), "float16"
     if rank == 0:
-        locked = lock(target)
+        locked = lock(target)  # until this function returns
         meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=sha256, size=args.size,
                     images=f"{len(files)} ({listing:08x})")
         begin_cache(target, meta, len(files), shape, dtype)
     barrier()
-    if (target / "labels.npy").exists():
+    if finished.exists():
         return
 
-    cached = open_array(marks) > -2
+    cached = open_array(unfinished) > -2
     chunks = range(0, len(files), CHUNK)[rank::world]
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-
         def read_chunk(first):
-            crop = functools.partial(load_crop, size=args.size)
-            crops = pool.map(crop, files[first:first + CHUNK], labels[first:first + CHUNK])
-            images, found = zip(*crops)
-            return np.stack(images), np.stack(found)
+            some = slice(first, first + CHUNK)
+            images, found = zip(*pool.map(load_crop, files[some], labels[some], itertools.repeat(args.size)))
+            return first, np.stack(images), np.array(found)
 
-        for first, (images, found) in zip(todo, one_ahead(read_chunk, todo)):
+        # many threads read the next chunk while this one is encoded
+        for first, images, found in one_ahead(read_chunk, todo):
             if vae is not None:
                 images = encode_views(vae, images, device)
             write_rows(target / "latents.npy", first, images)
-            write_rows(marks, first, found)
+            write_rows(unfinished, first, found)
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
-        if open_array(marks).max() < 0:
+        if open_array(unfinished).max() < 0:
             raise UserError(f"--images {folder}: none of its images can be read")
-        os.replace(marks, target / "labels.npy")
-        locked.close()
+        os.replace(unfinished, finished)
     barrier()
 
 class Data:
-    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), the mean
-    and std of the image and of its mirror image. Its entries are the rows whose label is not -1.
+    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and
+    std of the image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
 
     shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D).
     """
 
-    def __init__(self, latents, labels, classes, vae="none", vae_sha256=None):
-        self.latents, self.labels, self.classes = latents, labels, classes
-        self.vae, self.vae_sha256 = vae, vae_sha256  # where to find it; what it holds
+    def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
+        self.images, self.labels, self.classes = images, labels, classes
+        self.vae, self.vae_sha256 = vae, vae_sha256  # its name or path, and the hash of its weights
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
-        self.shape = (3 if self.pixels else 4,) + latents.shape[-2:]
+        self.shape = (3 if self.pixels else 4,) + images.shape[-2:]
         self.features = None
 
     @classmethod
     def open(cls, folder):
         """The data of a folder that --images made; UserError if it is anything else."""
         labels = open_array(Path(folder, "labels.npy"))
-        latents = open_array(Path(folder, "latents.npy"))
+        images = open_array(Path(folder, "latents.npy"))
         meta = read_json(Path(folder, "meta.json"))
         classes, vae = meta.get("classes"), meta.get("vae")
         dtype, channels = ("uint8", (3,)) if vae == "none" else ("float16", (2, 8))
-        shape = labels.shape + channels + 2 * latents.shape[-1:]
-        if not (isinstance(classes, list) and isinstance(vae, str) and latents.dtype == dtype
-                and latents.shape == shape and latents.size > 0 and labels.dtype.kind == "i"
+        shape = labels.shape + channels + 2 * images.shape[-1:]  # (N,) + channels + (H, H)
+        if not (isinstance(classes, list) and isinstance(vae, str) and images.dtype == dtype
+                and images.shape == shape and images.size > 0 and labels.dtype.kind == "i"
                 and labels.min() >= -1 and 0 <= labels.max() < len(classes)):
-            raise UserError(f"{folder}: expected what --images makes, found latents.npy {latents.dtype} "
-                            f"{latents.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
-        return cls(latents, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
+            raise UserError(f"{folder}: expected what --images makes, found latents.npy {images.dtype} "
+                            f"{images.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
+        return cls(images, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
 
     def add_features(self, path):
         self.features = open_array(path)
@@ -341,10 +347,9 @@ class Data:
             raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {len(self.features)}")
 
     def contents(self):
-        """What tells these data from others: checksums, of large arrays those of about 64 rows."""
-        data = [checksum(self.latents), zlib.crc32(self.labels.tobytes()), self.classes]
-        data = zlib.crc32(str(data).encode())
-        contents = dict(data=f"contents {data:08x}", vae=self.vae, repa=False)
+        """What tells these data from others, for the config."""
+        sums = [checksum(self.images), zlib.crc32(self.labels.tobytes()), self.classes]
+        contents = dict(data=f"contents {zlib.crc32(str(sums).encode()):08x}", vae=self.vae, repa=False)
         if self.features is not None:
             contents["repa"] = f"contents {checksum(self.features):08x}"
         return contents
@@ -354,24 +359,25 @@ class Data:
         return np.linspace(0, len(self.rows) - 1, count).astype(int)
 
     def read(self, entries, flips):
-        """[images or latents, mirrored where flips says; labels; features, if any] of the entries."""
+        """[images or latents, mirrored where flips says; labels; features, if any] of entries."""
         rows = self.rows[entries]
         if self.pixels:
-            images = read_rows(self.latents, rows)
+            images = read_rows(self.images, rows)  # a copy
             images[flips] = images[flips, ..., ::-1]
         else:
-            images = read_views(self.latents, rows, flips)
+            images = read_views(self.images, rows, flips)
         arrays = [images, self.labels[rows]]
         if self.features is not None:
             arrays.append(read_views(self.features, rows, flips))
         return [torch.from_numpy(array) for array in arrays]
 
 def checksum(array):
+    """CRC of a small array, or of about 64 evenly spaced rows of a large one."""
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
 def read_rows(array, rows):
-    """array[rows]. Linux is asked for all rows first: it then reads them at once, and nothing around
-    them, which is many times as fast from a disk."""
+    """array[rows]. All rows are announced first: Linux then reads them in parallel, and nothing else,
+    which is many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[0]
         with open(array.filename, "rb") as file:
@@ -383,27 +389,24 @@ def read_views(array, rows, mirrored):
     """Rows of an array (N, 2, ...): of each the first view, or the second where `mirrored` says."""
     return read_rows(array.reshape((-1,) + array.shape[2:]), 2 * rows + mirrored)
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # for a batch that spans two epochs
 def permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 def batch_entries(seed, step, batch, n):
-    """Entries of a global batch: position p reads entry p mod n of epoch p div n's permutation."""
-    entries = []
-    for position in range(step * batch, (step + 1) * batch):
-        entries.append(permutation(seed, position // n, n)[position % n])
-    return np.array(entries)
+    """Entries of a batch: sample k of a run is entry k mod n of epoch k div n's permutation."""
+    samples = range(step * batch, (step + 1) * batch)
+    return np.array([permutation(seed, k // n, n)[k % n] for k in samples])
 
 def batches(data, steps, batch, mine, seed, device):
     """Yield this rank's slice `mine` of the global batch of every step, as Data.read gives it."""
-
     def read(step):
         entries = batch_entries(seed, step, batch, len(data.rows))
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
         return data.read(entries[mine], flips[mine])
 
     for tensors in one_ahead(read, steps):
-        if device.type == "cuda":  # from pinned memory, copying need not be waited for
+        if device.type == "cuda":  # pinned memory is copied while the host goes on
             tensors = [tensor.pin_memory() for tensor in tensors]
         yield [tensor.to(device, non_blocking=True) for tensor in tensors]
 
@@ -411,46 +414,50 @@ def batches(data, steps, batch, mine, seed, device):
 # The loss of a batch
 
 class Draws:
-    """The random numbers of a step: drawn for the whole batch, of which `mine` are returned."""
+    """The random numbers of a step: drawn for the whole batch, whatever the ranks and --micro, of
+    which a slice, `part`, is returned."""
 
-    def __init__(self, seed, step, batch, mine, device):
-        self.seed, self.step, self.batch, self.mine, self.device = seed, step, batch, mine, device
+    def __init__(self, seed, step, batch, part, device):
+        self.seed, self.step, self.batch, self.part, self.device = seed, step, batch, part, device
 
     def generator(self, purpose):
-        """Each purpose has its own. The seed has 32 bits, since a CPU generator ignores more."""
+        """A new one, for this step and purpose. CPU generators ignore all but 32 bits of a seed."""
         words = [self.seed, self.step, zlib.crc32(purpose.encode())]
         seed = np.random.SeedSequence(words).generate_state(1)[0]
         return torch.Generator(self.device).manual_seed(int(seed))
 
     def uniform(self, purpose):
-        return torch.rand(self.batch, generator=self.generator(purpose), device=self.device)[self.mine]
+        return torch.rand(self.batch, generator=self.generator(purpose), device=self.device)[self.part]
 
     def normal(self, purpose, shape):
         shape = (self.batch,) + shape
-        return torch.randn(shape, generator=self.generator(purpose), device=self.device)[self.mine]
+        return torch.randn(shape, generator=self.generator(purpose), device=self.device)[self.part]
 
     def times(self, purpose, objective):
         """t and r (n,) for the objective's loss; only MeanFlow has an r of its own."""
         times = objective.times(self.batch, self.generator(purpose))
         t, r = times if isinstance(objective, MeanFlow) else (times, times)
-        return t[self.mine], r[self.mine]
+        return t[self.part], r[self.part]
 
 class Losses(nn.Module):
     """All that is trained, and all terms of its loss, in one module for DDP to wrap."""
 
     def __init__(self, args, data, device):
         super().__init__()
-        self.args, self.data, self.meanflow = args, data, args.objective == "meanflow"
-        self.objective = OBJECTIVES[args.objective]()
+        self.args, self.data = args, data
+        self.meanflow = args.objective == "meanflow"
         if self.meanflow:
-            self.objective = MeanFlow(4, args.meanflow_omega, args.meanflow_kappa, args.meanflow_interval)
+            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
+                                      interval=args.meanflow_interval)
+        else:
+            self.objective = OBJECTIVES[args.objective]()
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
         if args.init:
             load_initial_weights(self.net, args.init)
-        self.projector = nn.Identity()
-        self.captured = args.disp_blocks  # the blocks whose activations are needed
+        self.projector = nn.Identity()  # without REPA, no weights
+        self.captured = args.disp_blocks  # the blocks whose activations are needed, in order
         if args.repa:
             self.projector = repa_projector(self.net.pos_embed.shape[-1], data.features.shape[-1])
             self.captured = sorted(set(args.disp_blocks) | {args.repa_block})
@@ -477,8 +484,10 @@ class Losses(nn.Module):
                 noise2 = draws.normal("second noise", self.data.shape)
                 t2, _ = draws.times("second time", self.objective)
             else:
-                noise2, t2 = noise, nearby_times(t, 2 * draws.uniform("shift") - 1)
-            x, y, noise = torch.cat([x, x]), torch.cat([y, y]), torch.cat([noise, noise2])
+                noise2 = noise
+                t2 = nearby_times(t, draws.uniform("shift"))
+            x, y = torch.cat([x, x]), torch.cat([y, y])
+            noise = torch.cat([noise, noise2])
             t, r = torch.cat([t, t2]), torch.cat([r, t2])
 
         # the network: squared error per sample, and activations
@@ -487,10 +496,10 @@ class Losses(nn.Module):
             options["moving"] = self.objective.moving(n, position)
         with self.autocast:
             error, activations = self.objective.loss(
-                self.net, x, y, t, noise, r, self.captured, **options)
+                self.net, x, y, t, noise, r, blocks=self.captured, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
-        # L_objective, of the first view
+        # L_objective, of the first view; MeanFlow minimises it weighted
         error = error[:n]
         terms = {"loss": error.mean()}
         total = terms["loss"]
@@ -507,7 +516,7 @@ class Losses(nn.Module):
             with self.autocast:
                 terms["repa"] = repa_loss(self.projector(z[args.repa_block][:n]), features)
             total = total + args.repa_weight * terms["repa"]
-        return total, {name: term.detach() for name, term in terms.items()}
+        return total, terms
 
     def prepare(self, images, draws, purpose):
         """Pixels in [-1, 1], or latents drawn from their posterior."""
@@ -517,8 +526,8 @@ class Losses(nn.Module):
         return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": mean L_disp of the blocks}, and for infonce and hinge without a second view the mean
-        "distance". The first n samples of the activations are the first view."""
+        """{"disp": mean L_disp of the blocks}; for infonce and hinge without second view "distance",
+        the mean D of different samples. The first n activations are the first view."""
         kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
         group = self.args.disp_group
         losses, distances = [], []
@@ -547,18 +556,18 @@ class Losses(nn.Module):
         noise = draws.normal("val noise", self.data.shape)
         t, r = draws.times("val time", self.objective)
         with self.autocast:
-            error, activations = self.objective.loss(net, x, labels.to(device), t, noise, r, blocks)
-        return error, activations
+            return self.objective.loss(net, x, labels.to(device), t, noise, r, blocks)
 
-def nearby_times(t, shift):
-    """Times within 0.005, or steps within 5, of t (n,), by shift (n,) in [-1, 1)."""
+def nearby_times(t, uniform):
+    """Times (n,) within 0.005 of t, or steps within 5, by random numbers (n,) in [0, 1)."""
+    shift = 0.005 * (2 * uniform - 1)
     if t.is_floating_point():
-        return (t + 0.005 * shift).clamp(0, 1)
-    return (t + 0.005 * 999 * shift).clamp(0, 999).round().long()
+        return (t + shift).clamp(0, 1)
+    return (t + 999 * shift).clamp(0, 999).round().long()
 
 def load_initial_weights(net, path):
-    """Load a checkpoint's weights. Where it lacks the embedding of the labels or of MeanFlow's second
-    time, or has it in another shape, that one stays as it is."""
+    """Load a checkpoint's weights. The embeddings of labels and of MeanFlow's second time keep their
+    initialisation where it lacks them, or has them in another shape."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -582,18 +591,18 @@ class Recorder:
         self.decode = None
         if not losses.data.pixels:
             self.decode = VAE(args.vae or losses.data.vae).to(device).decode
-        # of a training step for one image, in the matrix products of the blocks; backward takes twice
-        # what forward takes, and there are 12 D^2 weights a token, besides attention
+        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and each
+        # of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
         T, D = losses.net.pos_embed.shape[1:]
         views = 1 + bool(args.contrastive)
-        self.flops = 3 * views * len(ema.blocks) * (2 * 12 * T * D ** 2 + 4 * T ** 2 * D)
+        self.flops = 3 * views * len(ema.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
         self.sums = {}  # of what is logged, since the last line
 
     def resume(self):
         """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
         step, changes = load_checkpoint(self.out, self.config, self.parts)
         if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints: they must share it")
+            raise UserError(f"--out {self.out}: the ranks find different checkpoints; it must be shared")
         self.logged, self.since = step, time.time()
         if self.rank > 0:
             return step
@@ -612,27 +621,25 @@ class Recorder:
         return step
 
     def add(self, terms, weight=1.0):
-        """Add {name: scalar tensor} to what the next log line averages. Waits for no device."""
+        """Add {name: scalar tensor} to what the next log line averages. Does not wait for the GPU."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
 
     def record(self, done, stopped_by):
-        """All that is due after `done` steps. The checkpoint is written last: a run that is killed
-        before repeats these steps and what is due at them."""
+        """All that is due after `done` steps. The checkpoint is written last, so that a run killed
+        here repeats these steps, their log and their grid."""
         def is_due(every):
             return every and (done % every == 0 or done == self.steps)
 
         args = self.args
-        sample, snapshot = is_due(args.sample_every), is_due(args.snapshot_every)
-        ckpt = stopped_by or is_due(args.ckpt_every)
-        if not (is_due(args.log_every) or sample or snapshot or ckpt):
+        log, sample = is_due(args.log_every), is_due(args.sample_every)
+        ckpt, snapshot = is_due(args.ckpt_every), is_due(args.snapshot_every)
+        if not (log or sample or ckpt or snapshot or stopped_by):
             return
-        line = self.averages(done)
+        line = self.averages(done)  # on all ranks
         if self.rank == 0:
             if ckpt and args.val:
-                parts = self.held_out.spread(2048).reshape(-1, 64)
-                errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
-                line["val"] = torch.cat(errors).mean().item()
+                line["val"] = self.validate()
             if sample:
                 self.draw_grid(self.out / "samples" / f"{done:07d}.png")
                 line.update(self.measure_blocks())
@@ -640,7 +647,7 @@ class Recorder:
             if snapshot:
                 path = self.out / "snapshots" / f"{done:07d}.pt"
                 save(path, done, self.config, dict(ema=self.ema))
-            if ckpt:
+            if ckpt or stopped_by:
                 before = self.out / "ckpt.prev.pt"
                 save(self.out / "ckpt.pt", done, self.config, self.parts, before)
         self.sums, self.logged, self.since = {}, done, time.time()
@@ -653,19 +660,25 @@ class Recorder:
             dist.all_reduce(values)
         line = dict(zip(self.sums, values.tolist()))  # waits for the device
         if not np.isfinite(list(line.values())).all():
-            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or its gradient is not finite; no checkpoint "
-                            "was written since: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
+            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or its gradient is not finite, and "
+                            "was not saved: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
         if args.disp_blocks and not args.contrastive:
             line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
         rate = count * args.batch / (time.time() - self.since)
-        line["images/s"] = rate
-        line["TFLOP/s"] = rate * self.flops / self.world / 1e12
+        line["images/s"] = rate  # of all ranks
+        line["TFLOP/s"] = rate * self.flops / self.world / 1e12  # of each
         if self.device.type == "cuda":
             line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         return line
 
+    def validate(self):
+        """The EMA's regression loss on 2,048 held-out samples, 64 at a time."""
+        parts = self.held_out.spread(2048).reshape(-1, 64)
+        errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
+        return torch.cat(errors).mean().item()
+
     def draw_grid(self, path):
-        """Write a grid of samples, one class a row."""
+        """Write a grid of samples: 10 classes, 8 samples each, one class a row."""
         data = self.losses.data
         classes = np.unique(data.labels[data.rows])
         classes = classes[np.linspace(0, len(classes) - 1, 10).round().astype(int)]
@@ -685,7 +698,7 @@ class Recorder:
                     block_norm=[z.square().mean().item() for z in activations])
 
     def write_log(self, done, line):
-        """A line on the screen, of lists the first, middle and last, and all of it in log.jsonl."""
+        """Print a line, of a list the first, middle and last value; append all to log.jsonl."""
         texts = []
         for name, value in line.items():
             if isinstance(value, list):
@@ -701,7 +714,8 @@ class Recorder:
             wandb.log(line, step=done)
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`: a run killed here goes on from it."""
+    """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
+    a run goes on from it."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic(f"{path}.new") as file:
         torch.save(dict(state, step=step, config=config), file)
@@ -711,15 +725,14 @@ def save(path, step, config, parts, before=None):
 
 def load_checkpoint(out, config, parts):
     """Load the latest checkpoint, if any, into the parts -> its step, and the changed flags."""
-    path, older = out / "ckpt.pt", out / "ckpt.prev.pt"
-    if not path.exists():
-        path = older
-    if not path.exists():
+    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
+    if not paths:
         return 0, []
+    path, older = (paths + ["the start"])[:2]
     try:
         state = load_file(path)
     except UnreadableFile as error:
-        raise UserError(f"{error}; delete it to go on from {older}, or from the start") from None
+        raise UserError(f"{error}; delete it to go on from {older}") from None
     if not {"step", "config", *parts} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
     changes = []
@@ -731,7 +744,7 @@ def load_checkpoint(out, config, parts):
         if name not in LOGGED:
             raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
         changes.append(f"{flag} {before} -> {now}")
-    for name in parts.keys() - {"opt"}:
+    for name in ("model", "ema", "projector"):
         load_weights(parts[name], state[name], path)
     parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
     return state["step"], changes
@@ -739,21 +752,22 @@ def load_checkpoint(out, config, parts):
 # ----------------------------------------
 # The loop
 
-def note_signals():
-    """Note Ctrl-C and SIGTERM in the dict returned; more than a second after the first, exit at once."""
-    noted = {}  # signal: when it first came
+def catch_signals():
+    """From now on, only note Ctrl-C and SIGTERM; one that comes more than a second after the first ends
+    the process at once. Returns a function that gives the first signal's number, or 0."""
+    came = []  # (time, signal)
 
     def note(which, frame):
-        noted.setdefault(which, time.monotonic())
-        if time.monotonic() - min(noted.values()) > 1:  # sooner, the launcher may repeat the first
+        came.append((time.monotonic(), which))
+        if came[-1][0] - came[0][0] > 1:  # sooner, it may be torchrun that passes the first one on
             os._exit(128 + which)
 
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, note)
-    return noted
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return lambda: came[0][1] if came else 0
 
 def from_all_ranks(value, world):
-    """[every rank's integer]. The processes wait for each other here, but no GPU does."""
+    """[every rank's integer]. On the CPU, so that no GPU is waited for."""
     if world == 1:
         return [value]
     values = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
@@ -761,9 +775,9 @@ def from_all_ranks(value, world):
     return [int(each) for each in values]
 
 def train(args, data, held_out, rank, world, device):
+    """Train from the latest checkpoint in --out, if any, to the last step or a signal."""
     # the model, its EMA and the optimiser
     torch.manual_seed(args.seed)
-    args.dtype = args.dtype or default_dtype(device)
     if device.type == "cuda" and args.dtype == "bf16":
         torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
     losses = Losses(args, data, device).to(device)
@@ -777,27 +791,26 @@ def train(args, data, held_out, rank, world, device):
         parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
 
     # the run, new or continued
-    epoch = len(data.rows) / args.batch  # in steps
-    steps = args.steps or max(1, round((args.epochs or 80) * epoch))
+    steps_per_epoch = len(data.rows) / args.batch
+    steps = args.steps or max(1, round((args.epochs or 80) * steps_per_epoch))
     recorder = Recorder(args, losses, ema, optimizer, held_out, steps, rank, world, device)
     if rank == 0:
-        locked = lock(recorder.out)
+        locked = lock(recorder.out)  # until this function returns
     first = recorder.resume()
     optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
     if rank == 0:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else device
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else device
         print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
-              f"{steps / epoch:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of {args.batch}; "
-              f"{world} x {name}, {args.dtype}", flush=True)
-        if first > steps:
-            print(f"the run is at step {first:,} already, beyond these {steps:,}: nothing is left to do")
+              f"{steps / steps_per_epoch:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of "
+              f"{args.batch}; {world} x {gpu}, {args.dtype}", flush=True)
+        if first >= steps:
+            print(f"the run is at step {first:,} of {steps:,} already: nothing is left to do")
 
     # each rank takes its share of the batch, in passes of `micro` samples
-    per_rank = args.batch // world
-    micro = args.micro or per_rank
+    per_rank, micro = args.batch // world, args.micro
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     todo = range(first, steps)
-    signals = note_signals()
+    first_signal = catch_signals()
     for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
         # forward and backward, in passes whose gradients add up; nothing here waits for the device
         for begin in range(0, per_rank, micro):
@@ -808,13 +821,12 @@ def train(args, data, held_out, rank, world, device):
             (total * micro / per_rank).backward()
             recorder.add(terms, micro / per_rank)
 
-        # clip
+        # the gradient's norm, and clipping
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if args.grad_clip:
             nn.utils.clip_grads_with_norm_(weights, args.grad_clip, norm)
         recorder.add({"grad_norm": norm})
 
-        # step
         optimizer.step()
         optimizer.zero_grad()
 
@@ -823,25 +835,25 @@ def train(args, data, held_out, rank, world, device):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
-        # log, draw, save; the ranks agree whether one of them got a signal, or none, 0
-        stopped_by = max(from_all_ranks(max(signals, default=0), world))
+        # log, sample, save; stopped_by: the signal that any rank got, or 0
+        stopped_by = max(from_all_ranks(first_signal(), world))
         recorder.record(step + 1, stopped_by)
         if stopped_by:
             break
-    stopped_by = max(from_all_ranks(max(signals, default=0), world))  # also during the last step
-    if rank == 0:
-        locked.close()
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
+    stopped_by = max(from_all_ranks(first_signal(), world))  # it may have come in the last record
+    if stopped_by and rank == 0:
+        name = signal.Signals(stopped_by).name
+        print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
     if stopped_by:
         sys.exit(128 + stopped_by)
 
 def main(argv=None):
     args = parse(argv)
     rank, world, device = start()
+    args.micro = args.micro or max(1, args.batch // world)
+    args.dtype = args.dtype or default_dtype(device)
     if args.images:
-        if not args.cache_only:
+        if not args.cache_only:  # now, not after hours of caching
             check_data(args, world, args.size if args.vae == "none" else args.size // 8)
         cache_images(args, rank, world, device)
         if args.cache_only:
@@ -854,8 +866,8 @@ def main(argv=None):
     same_vae = (held_out.vae_sha256 or held_out.vae) == (data.vae_sha256 or data.vae)
     if held_out.shape != data.shape or held_out.classes != data.classes or not same_vae:
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
-    if args.label_dropout == 1:
-        data.labels[:] = len(data.classes)  # the null label, in grids and validation too
+    if args.label_dropout == 1:  # the null label, in grids and validation too
+        data.labels[:] = len(data.classes)
         held_out.labels[:] = len(data.classes)
     train(args, data, held_out, rank, world, device)
     if not args.data and rank == 0:
