@@ -23,11 +23,10 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
         "covariance"          mean_{k != l} C_kl^2, C the correlation of features k and l
-    group: the number of consecutive samples that are compared with each other. The loss is the mean
-        over such groups. Default: B, a single group; the paper: 16.
+    group: the number of consecutive samples that are compared with each other (default: B; the
+        paper: 16). It must divide B, and the loss is the mean over the groups.
     Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. Second
-    derivatives are NaN or infinite on purpose, since they would be wrong.
-    ValueError for an unknown kind or a group that does not divide B.
+    derivatives are NaN or infinite on purpose, since they would be wrong. Bad input is a ValueError.
 
     D is divided by dim because with a sum over thousands of features exp(-D / tau) is zero for all
     pairs of different samples: the loss is then a constant, without gradient.
@@ -122,8 +121,7 @@ def effective_rank(z, group=None):
     the entropy of the variances along them (Roy & Vetterli 2007, who take their square roots)."""
     z = split_groups(z, group)
     eigenvalues = torch.linalg.eigvalsh(gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
-    tiny = torch.finfo(z.dtype).tiny  # so that a collapsed group has rank 1
-    total = eigenvalues.sum(-1, keepdim=True).clamp(min=tiny)
+    total = eigenvalues.sum(-1, keepdim=True).clamp(min=1e-30)  # so that a collapsed group has rank 1
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
 def check_known(name, what, known):
@@ -191,25 +189,6 @@ class TimestepEmbedder(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
-class PatchEmbedder(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, T, dim), one for each patch, row by row."""
-
-    def __init__(self, patch_size, in_channels, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        x = self.proj(x).flatten(2).transpose(1, 2)
-        return x.contiguous()  # else every layer norm copies its input
-
-class LabelEmbedder(nn.Module):  # a class only so that the parameter has its published name
-    def __init__(self, labels, dim):
-        super().__init__()
-        self.embedding_table = nn.Embedding(labels, dim)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
 def position_embedding(dim, side):
     """Fixed sinusoids (1, side*side, dim): the first half of dim says the column, the second the row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -270,7 +249,6 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The transformer of DiT and SiT (Peebles & Xie 2023, arXiv 2212.09748): predicts noise or velocity.
 
-    A call returns the output and a list of activations: out, _ = model(x, t, y).
     input_size, in_channels: images are (in_channels, input_size, input_size).
     class_dropout_prob: if positive, the null label num_classes exists. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
@@ -278,19 +256,21 @@ class DiT(nn.Module):
         model with a SiT's weights begins as that SiT.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
-                 num_heads=16, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000,
-                 learn_sigma=True, second_time=False):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, second_time=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        labels = num_classes + self.has_null_label
+        # the two dictionaries only give their layers the published names
+        self.x_embedder = nn.ModuleDict(
+            {"proj": nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)})
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
-        self.y_embedder = LabelEmbedder(num_classes + self.has_null_label, hidden_size)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(labels, hidden_size)})
         positions = position_embedding(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -316,12 +296,13 @@ class DiT(nn.Module):
         """x (B, C, H, W), t (B,), y (B,) -> output (B, out_channels, H, W), list of activations.
 
         t: SiT's time, or DiT's step in 0..999. r (B,): a model's second time; by default it is t.
-        blocks: numbers, from 1, of the blocks whose activations (B, T, hidden_size) are returned, in
-            the order of the network.
+        blocks: the blocks, counted from 1, whose activations (B, T, D) are returned, in their order.
         """
         self.check_inputs(x, r, blocks)
-        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        x = self.x_embedder.proj(x)  # (B, D, H/p, W/p): one vector for each patch
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, T, D); else layer norms copy their input
+        x = x + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (B, D)
         if self.r_embedder is not None:
             r = t if r is None else r
             c = c + self.r_embedder(r - t)
@@ -330,14 +311,11 @@ class DiT(nn.Module):
             x = block(x, c)  # (B, T, D)
             if number in blocks:
                 activations.append(x)
-        x = self.final_layer(x, c)  # (B, T, p*p*out_channels)
-        return self.unpatchify(x), activations
-
-    def unpatchify(self, x):
-        """Tokens that hold their patches' pixels, (B, T, p*p*channels) -> (B, channels, H, W)."""
+        x = self.final_layer(x, c)  # (B, T, p*p*out_channels): the pixels of each patch
         p, side = self.patch_size, self.input_size // self.patch_size
-        x = x.view(len(x), side, side, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(x), self.out_channels, side * p, side * p)
+        x = x.view(len(x), side, side, p, p, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, side * p, side * p)
+        return x, activations
 
     def check_inputs(self, x, r, blocks):
         expected = (self.in_channels, self.input_size, self.input_size)
@@ -354,8 +332,8 @@ MODELS = {}
 for size, (width, depth, heads) in SIZES.items():
     for patch in (2, 4, 8):
         for family in ("SiT", "DiT"):
-            MODELS[f"{family}-{size}/{patch}"] = dict(
-                hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+            shape = dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+            MODELS[f"{family}-{size}/{patch}"] = shape
 
 def build_model(name, **overrides):
     """A DiT of one of the MODELS, with any of DiT's arguments overridden."""
@@ -370,29 +348,31 @@ def mean_square(error):
     """Mean square of everything but the batch, in at least float32: (B, ...) -> (B,)."""
     return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).square().mean(1)
 
-def null_labels(model, y):
+def with_and_without_labels(model, x, t, y):
+    """The model's outputs for labels y, and for the null label in their place."""
     if not model.has_null_label:
         raise ValueError("guidance needs the null label: set the model's class_dropout_prob above 0")
-    return torch.full_like(y, model.num_classes)
+    null = torch.full_like(y, model.num_classes)
+    out, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    return out.to(x.dtype).chunk(2)
 
-def guided(model, x, t, y, scale, channels):
+def guided(model, x, t, y, scale, in_interval, channels):
     """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond).
 
-    t: one time, or step number, for all of x. Only the first `channels` of the output are guided.
+    t: one time, or step number, for all of x. in_interval: whether guidance applies at that time.
+    channels: only so many of the output are guided, the first ones; None: as many as x has.
     """
+    if channels is None:
+        channels = x.shape[1]
+    if not 1 <= channels <= x.shape[1]:
+        raise ValueError(f"cfg_channels {channels}: expected a number from 1 to {x.shape[1]}")
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    if scale == 1:
+    if scale == 1 or not in_interval:
         out, _ = model(x, t, y)
         return out.to(x.dtype)
-    out, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
-    cond, uncond = out.to(x.dtype).chunk(2)
+    cond, uncond = with_and_without_labels(model, x, t, y)
     mixed = uncond + scale * (cond - uncond)
     return torch.cat([mixed[:, :channels], cond[:, channels:]], 1)
-
-def check_sampling(objective, noise, method, cfg_channels=None):
-    check_known(method, "method", objective.methods)
-    if cfg_channels is not None and not 1 <= cfg_channels <= noise.shape[1]:
-        raise ValueError(f"cfg_channels {cfg_channels}: expected a number from 1 to {noise.shape[1]}")
 
 class FlowMatching:
     """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity from noise to data."""
@@ -425,13 +405,12 @@ class FlowMatching:
         cfg: scale of guidance for t in cfg_interval, on the first cfg_channels channels (default:
             all; the published DiT and SiT code guides 3 of 4). noise_fn(k) gives step k's noise.
         """
-        check_sampling(self, noise, method, cfg_channels)
-        channels = noise.shape[1]
+        check_known(method, "method", self.methods)
         low, high = sorted(cfg_interval)
 
         def velocity(x, t):
-            scale = cfg if low <= t <= high else 1
-            return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
+            out = guided(model, x, t, y, cfg, low <= t <= high, cfg_channels)
+            return out[:, :x.shape[1]]
 
         grid = [k / steps for k in range(steps + 1)]
         if method == "sde":
@@ -556,23 +535,20 @@ class GaussianDiffusion:
         The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds
         t = 1 / (1 + sigma), the time at which SiT's path has the same signal-to-noise ratio.
         """
-        check_sampling(self, noise, method, cfg_channels)
-        channels = noise.shape[1]
+        check_known(method, "method", self.methods)
         low, high = sorted(cfg_interval)
         numbers = self.spaced(steps, method)
         abar = self.abar[numbers]
         chain = chain_constants(abar, noise.device)
-        sigma = (1 / abar - 1).sqrt().tolist()
+        sigma = [0.0] + (1 / abar - 1).sqrt().tolist()  # step k leads from sigma[k + 1] to sigma[k]
 
         def predict(x, k):
-            t = 1 / (1 + sigma[k])
-            scale = cfg if low <= t <= high else 1
-            out = guided(model, x, numbers[k], y, scale, cfg_channels or channels)
-            return out.split(channels, 1)  # eps and v, of the noise and the variance
+            t = 1 / (1 + sigma[k + 1])
+            out = guided(model, x, numbers[k], y, cfg, low <= t <= high, cfg_channels)
+            return out.split(x.shape[1], 1)  # eps and v, of the noise and the variance
 
         x = noise
         for k in reversed(range(steps)):
-            next_sigma = sigma[k - 1] if k > 0 else 0.0
             eps, v = predict(x, k)
             if method == "ddpm":
                 x, log_variance = reverse_step(chain, k, x, eps, v)
@@ -580,11 +556,11 @@ class GaussianDiffusion:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
                 x = x.to(noise.dtype)
-            else:
-                if method == "heun" and k > 0:
-                    next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k], next_sigma), k - 1)
-                    eps = (eps + next_eps) / 2
-                x = euler_in_sigma(x, eps, sigma[k], next_sigma)
+                continue
+            if method == "heun" and k > 0:
+                next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k + 1], sigma[k]), k - 1)
+                eps = (eps + next_eps) / 2
+            x = euler_in_sigma(x, eps, sigma[k + 1], sigma[k])
         return x
 
 class MeanFlow:
@@ -634,8 +610,7 @@ class MeanFlow:
         with torch.no_grad():
             v = self.guide(model, x_t, y, t, velocity)
             slope = torch.zeros_like(v)  # du/dt; where r = t, it plays no part
-            slope[moving] = self.derivative(
-                model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
+            slope[moving] = self.derivative(model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
             target = v + (r - t).view(-1, 1, 1, 1) * slope  # the MeanFlow identity, eq. 6
         out, activations = model(x_t, t, y, r, blocks=blocks)  # again, now with gradients
         return mean_square(out[:, :x.shape[1]] - target), activations
@@ -644,11 +619,11 @@ class MeanFlow:
         """The velocity v, guided as omega, kappa and interval say."""
         if self.omega == 1 and self.kappa == 0:
             return v
-        null = null_labels(model, y)
-        out, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))  # r = t
-        cond, uncond = out[:, :x_t.shape[1]].chunk(2)
-        mixed = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
-        applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
+        cond, uncond = with_and_without_labels(model, x_t, t, y)  # at r = t
+        u = self.kappa * cond + (1 - self.omega - self.kappa) * uncond
+        mixed = self.omega * v + u[:, :v.shape[1]]
+        low, high = sorted(self.interval)
+        applies = (low <= t) & (t <= high) & (y != model.num_classes)
         return torch.where(applies.view(-1, 1, 1, 1), mixed, v)
 
     def derivative(self, model, x, y, t, r, v):
@@ -677,7 +652,7 @@ class MeanFlow:
 
         cfg other than 1 is a ValueError. The last three arguments have no effect.
         """
-        check_sampling(self, noise, method)
+        check_known(method, "method", self.methods)
         if cfg != 1:
             raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, by omega and kappa")
         x = noise
