@@ -23,10 +23,10 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
         "infonce", "cosine"   log mean_ij exp(-D(z_i, z_j) / tau)
         "hinge"               mean_ij max(0, margin - D(z_i, z_j))^2
         "covariance"          mean_{k != l} C_kl^2, C the correlation of features k and l
-    group: the number of consecutive samples that are compared with each other. The loss is the mean
-        over such groups. Default: B, a single group; the paper: 16.
-    Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper. Second
-    derivatives are NaN or infinite on purpose, since they would be wrong.
+    group: the number of consecutive samples that are compared with each other (default: B; the
+        paper: 16). The loss is the mean over the groups.
+    Returns a scalar in at least float32. Add it to the training loss, times 0.5 in the paper.
+    Second derivatives are NaN or infinite on purpose, since they would be wrong.
     ValueError for an unknown kind or a group that does not divide B.
 
     D is divided by dim because with a sum over thousands of features exp(-D / tau) is zero for all
@@ -40,7 +40,7 @@ def dispersive_loss(z, kind="infonce", tau=0.5, margin=1.0, group=None):
     return repulsion(pairwise_distances(z, kind, group), kind, tau, margin)
 
 def pairwise_distances(z, kind="infonce", group=None):
-    """D, as dispersive_loss defines it, of all pairs in the groups of z: (B, ...) -> (groups, n, n)."""
+    """dispersive_loss's D of all pairs in the groups of z: (B, ...) -> (groups, n, n)."""
     z = split_groups(z, group)  # (groups, n, dim)
     if kind == "cosine":
         products = gram(z)
@@ -51,8 +51,8 @@ def pairwise_distances(z, kind="infonce", group=None):
     products = gram(z - z[:, :1].detach())
     squares = diagonal_of(products)
     D = (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
-    # Rounding may go below zero. D_ii is zero, and is masked for the gradient's sake: its part cancels
-    # to zero, but it is far larger than the others' near the loss's floor, and they would be rounded away.
+    # Rounding may go below zero. D_ii is zero, but is masked for the gradient's sake: its part cancels
+    # to zero, but near the loss's floor it is so large that the others' would be rounded away.
     itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
     return D.clamp(min=0).masked_fill(itself, 0)
 
@@ -64,13 +64,12 @@ def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
     return (-D / tau).logsumexp((-2, -1)).mean() - 2 * math.log(n)
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
-    """The contrastive counterpart of dispersive_loss; z_pos is a second view of every sample.
+    """The contrastive counterpart of dispersive_loss; z_pos is a second view. All j include j = i.
 
         "infonce", "cosine"   mean_i [D(z_i, z_pos_i) / tau + log sum_j exp(-D(z_i, z_pos_j) / tau)]
         "hinge"               mean_i [D(z_i, z_pos_i)^2 + mean_j max(0, margin - D(z_i, z_pos_j))^2]
         "covariance"          mean_k (1 - C_kk)^2 + cov_weight * mean_{k != l} C_kl^2, C_kl between
                               the views: Barlow Twins (Zbontar et al. 2021), with means, not sums
-    j = i is included.
     """
     check_known(kind, "kind", KINDS)
     if z.shape != z_pos.shape:
@@ -99,8 +98,8 @@ def repa_loss(h, target):
 def repa_projector(dim, feature_dim, width=2048):
     """REPA's trained map from the tokens of a block (..., dim) to features (..., feature_dim)."""
     return torch.nn.Sequential(
-        torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
-        torch.nn.Linear(width, feature_dim))
+        torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
+        torch.nn.SiLU(), torch.nn.Linear(width, feature_dim))
 
 def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     """Smallest possible value of dispersive_loss for n samples. InfoNCE gets close to it early."""
@@ -118,12 +117,11 @@ def mean_distance(z, group=None):
 
 @torch.no_grad()
 def effective_rank(z, group=None):
-    """How many directions the samples of z (B, ...) spread over, a scalar from 1 to group - 1: exp of
-    the entropy of the variances along them (Roy & Vetterli 2007, who take their square roots)."""
+    """How many directions the samples of z (B, ...) spread over, a scalar from 1 to group - 1: exp
+    of the entropy of the variances along them (Roy & Vetterli 2007, who take their square roots)."""
     z = split_groups(z, group)
     eigenvalues = torch.linalg.eigvalsh(gram(z - z.mean(-2, keepdim=True))).clamp(min=0)
-    tiny = torch.finfo(z.dtype).tiny  # so that a collapsed group has rank 1
-    total = eigenvalues.sum(-1, keepdim=True).clamp(min=tiny)
+    total = eigenvalues.sum(-1, keepdim=True).clamp(min=1e-30)  # a collapsed group has rank 1
     return torch.special.entr(eigenvalues / total).sum(-1).exp().mean()
 
 def check_known(name, what, known):
@@ -147,8 +145,8 @@ def gram(z):
         products = (rows @ rows.detach().mT).view(groups, n, groups, n)
     each = torch.arange(groups, device=z.device)
     products = products[each, :, each]  # of the rows of each group, (groups, n, n)
-    # One factor was held fixed, so these products carry half of the gradient. They are symmetric, so
-    # their transposes carry the other half: the backward pass needs one large product, not two.
+    # One factor was held fixed, so these products carry half of the gradient. They are symmetric,
+    # so their transposes carry the other half: the backward pass needs one large product, not two.
     change = products - products.detach()  # zero, with half of the gradient
     # the last term is zero, with zero gradient; it makes second derivatives, which lack a part, infinite
     return products.detach() + change + change.mT + change.pow(1.5)
@@ -165,9 +163,7 @@ def standardize(z):
 
 def mean_off_diagonal(products, diagonal):
     """mean_{k != l} C_kl^2, a scalar, of correlations C = a^T b / n between standardised a and b.
-
-    products: gram(a) * gram(b), (groups, n, n). diagonal: C_kk, (groups, dim).
-    """
+    products: gram(a) * gram(b), (groups, n, n). diagonal: C_kk, (groups, dim)."""
     # C is dim x dim, far too large. But factors rotate inside a trace, so n x n matrices suffice:
     # sum_kl C_kl^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2
     #               = sum_ij (a a^T)_ij (b b^T)_ij / n^2
@@ -179,7 +175,7 @@ def mean_off_diagonal(products, diagonal):
 # Transformer. Parameter names and initialisation are those of the published DiT and SiT.
 
 class TimestepEmbedder(nn.Module):
-    """Times or step numbers (B,) -> (B, dim): sinusoids of 128 frequencies, then a small network."""
+    """Times or steps (B,) -> (B, dim): sinusoids of 128 frequencies, then a small network."""
 
     def __init__(self, dim):
         super().__init__()
@@ -190,25 +186,6 @@ class TimestepEmbedder(nn.Module):
         angles = t[:, None] * torch.exp(-math.log(10000) / 128 * exponents)  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
-class PatchEmbedder(nn.Module):
-    """Images (B, C, H, W) -> tokens (B, T, dim), one for each patch, row by row."""
-
-    def __init__(self, patch_size, in_channels, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        x = self.proj(x).flatten(2).transpose(1, 2)
-        return x.contiguous()  # else every layer norm copies its input
-
-class LabelEmbedder(nn.Module):  # a class only so that the parameter has its published name
-    def __init__(self, labels, dim):
-        super().__init__()
-        self.embedding_table = nn.Embedding(labels, dim)
-
-    def forward(self, y):
-        return self.embedding_table(y)
 
 def position_embedding(dim, side):
     """Fixed sinusoids (1, side*side, dim): the first half of dim says the column, the second the row."""
@@ -231,15 +208,6 @@ class Attention(nn.Module):
         x = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
-
 class Block(nn.Module):
     """Transformer block with adaptive layer norm: c shifts, scales and gates both branches."""
 
@@ -247,7 +215,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)  # for both branches
         self.attn = Attention(dim, num_heads)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential()  # whose layers have their published names
+        self.mlp.add_module("fc1", nn.Linear(dim, hidden))
+        self.mlp.add_module("gelu", nn.GELU(approximate="tanh"))
+        self.mlp.add_module("fc2", nn.Linear(hidden, dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -270,7 +242,6 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The transformer of DiT and SiT (Peebles & Xie 2023, arXiv 2212.09748): predicts noise or velocity.
 
-    A call returns the output and a list of activations: out, _ = model(x, t, y).
     input_size, in_channels: images are (in_channels, input_size, input_size).
     class_dropout_prob: if positive, the null label num_classes exists. The caller drops labels.
     learn_sigma: 2*in_channels output channels; DiT uses both halves, SiT the first.
@@ -278,21 +249,21 @@ class DiT(nn.Module):
         model with a SiT's weights begins as that SiT.
     """
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28,
-                 num_heads=16, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000,
-                 learn_sigma=True, second_time=False):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, second_time=False):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        patches = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})  # a dictionary only for the published name
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
-        self.y_embedder = LabelEmbedder(num_classes + self.has_null_label, hidden_size)
-        positions = position_embedding(hidden_size, input_size // patch_size)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        labels = nn.Embedding(num_classes + self.has_null_label, hidden_size)
+        self.y_embedder = nn.ModuleDict({"embedding_table": labels})  # likewise
+        self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.out_channels)
         self.initialize()
@@ -316,12 +287,13 @@ class DiT(nn.Module):
         """x (B, C, H, W), t (B,), y (B,) -> output (B, out_channels, H, W), list of activations.
 
         t: SiT's time, or DiT's step in 0..999. r (B,): a model's second time; by default it is t.
-        blocks: numbers, from 1, of the blocks whose activations (B, T, hidden_size) are returned, in
-            the order of the network.
+        blocks: the blocks, counted from 1, whose activations (B, T, D) are returned, in their order.
         """
         self.check_inputs(x, r, blocks)
-        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        x = self.x_embedder.proj(x)  # (B, D, H/p, W/p): one vector for each patch
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, T, D); else layer norms copy their input
+        x = x + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (B, D)
         if self.r_embedder is not None:
             r = t if r is None else r
             c = c + self.r_embedder(r - t)
@@ -330,14 +302,11 @@ class DiT(nn.Module):
             x = block(x, c)  # (B, T, D)
             if number in blocks:
                 activations.append(x)
-        x = self.final_layer(x, c)  # (B, T, p*p*out_channels)
-        return self.unpatchify(x), activations
-
-    def unpatchify(self, x):
-        """Tokens that hold their patches' pixels, (B, T, p*p*channels) -> (B, channels, H, W)."""
+        x = self.final_layer(x, c)  # (B, T, p*p*out_channels): the pixels of each patch
         p, side = self.patch_size, self.input_size // self.patch_size
-        x = x.view(len(x), side, side, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(x), self.out_channels, side * p, side * p)
+        x = x.view(len(x), side, side, p, p, self.out_channels)  # row, column, then inside the patch
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, side * p, side * p)
+        return x, activations
 
     def check_inputs(self, x, r, blocks):
         expected = (self.in_channels, self.input_size, self.input_size)
@@ -354,8 +323,7 @@ MODELS = {}
 for size, (width, depth, heads) in SIZES.items():
     for patch in (2, 4, 8):
         for family in ("SiT", "DiT"):
-            MODELS[f"{family}-{size}/{patch}"] = dict(
-                hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+            MODELS[f"{family}-{size}/{patch}"] = dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
 
 def build_model(name, **overrides):
     """A DiT of one of the MODELS, with any of DiT's arguments overridden."""
@@ -363,36 +331,34 @@ def build_model(name, **overrides):
     return DiT(**dict(MODELS[name], **overrides))
 
 # ----------------------------------------
-# Objectives: what to regress in training, and how to integrate it in sampling. The three classes share
-# the arguments of `times`, `loss` and `sample`.
+# Objectives: what to regress, and how to sample. All take the arguments that FlowMatching explains.
 
 def mean_square(error):
     """Mean square of everything but the batch, in at least float32: (B, ...) -> (B,)."""
     return error.flatten(1).to(torch.promote_types(error.dtype, torch.float32)).square().mean(1)
 
-def null_labels(model, y):
+def with_and_without_labels(model, x, t, y):
+    """The model's outputs for labels y, and for the null label in their place."""
     if not model.has_null_label:
         raise ValueError("guidance needs the null label: set the model's class_dropout_prob above 0")
-    return torch.full_like(y, model.num_classes)
+    null = torch.full_like(y, model.num_classes)
+    out, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+    return out.to(x.dtype).chunk(2)
 
-def guided(model, x, t, y, scale, channels):
-    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond).
-
-    t: one time, or step number, for all of x. Only the first `channels` of the output are guided.
-    """
+def guided(model, x, t, y, scale, in_interval, channels):
+    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), if in_interval.
+    t: one time, or step number, for all of x. Only the first `channels` are guided; None: as many as x has."""
+    if channels is None:
+        channels = x.shape[1]
+    if not 1 <= channels <= x.shape[1]:
+        raise ValueError(f"cfg_channels {channels}: expected a number from 1 to {x.shape[1]}")
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    if scale == 1:
+    if scale == 1 or not in_interval:
         out, _ = model(x, t, y)
         return out.to(x.dtype)
-    out, _ = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null_labels(model, y)]))
-    cond, uncond = out.to(x.dtype).chunk(2)
+    cond, uncond = with_and_without_labels(model, x, t, y)
     mixed = uncond + scale * (cond - uncond)
     return torch.cat([mixed[:, :channels], cond[:, channels:]], 1)
-
-def check_sampling(objective, noise, method, cfg_channels=None):
-    check_known(method, "method", objective.methods)
-    if cfg_channels is not None and not 1 <= cfg_channels <= noise.shape[1]:
-        raise ValueError(f"cfg_channels {cfg_channels}: expected a number from 1 to {noise.shape[1]}")
 
 class FlowMatching:
     """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity from noise to data."""
@@ -425,13 +391,11 @@ class FlowMatching:
         cfg: scale of guidance for t in cfg_interval, on the first cfg_channels channels (default:
             all; the published DiT and SiT code guides 3 of 4). noise_fn(k) gives step k's noise.
         """
-        check_sampling(self, noise, method, cfg_channels)
-        channels = noise.shape[1]
+        check_known(method, "method", self.methods)
         low, high = sorted(cfg_interval)
 
         def velocity(x, t):
-            scale = cfg if low <= t <= high else 1
-            return guided(model, x, t, y, scale, cfg_channels or channels)[:, :channels]
+            return guided(model, x, t, y, cfg, low <= t <= high, cfg_channels)[:, :x.shape[1]]
 
         grid = [k / steps for k in range(steps + 1)]
         if method == "sde":
@@ -465,9 +429,7 @@ def chain_constants(abar, device):
 
 def reverse_step(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
-
-    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_variance, v = 1 log_beta.
-    """
+    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_variance, v = 1 log_beta."""
     mean = chain["x_scale"][k] * x_t - chain["eps_scale"][k] * eps
     low, high = chain["log_variance"][k], chain["log_beta"][k]
     return mean, low + (v + 1) / 2 * (high - low)
@@ -478,10 +440,9 @@ def normal_cdf(x):
 
 def discretized_log_likelihood(x, mean, log_std):
     """Log-probability of 8-bit levels x in [-1, 1] under a normal: bins of 2/255, the outer ones open."""
-    lower = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std))
-    upper = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std))
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()
+    lower = normal_cdf((x - mean - 1 / 255) * torch.exp(-log_std)).masked_fill(x < -0.999, 0)
+    upper = normal_cdf((x - mean + 1 / 255) * torch.exp(-log_std)).masked_fill(x > 0.999, 1)
+    return (upper - lower).clamp(min=1e-12).log()
 
 def euler_in_sigma(x, eps, sigma, next_sigma):
     """Euler's step of d(x / sqrt(abar)) / d sigma = eps, where sigma = sqrt((1 - abar) / abar)."""
@@ -491,10 +452,9 @@ def euler_in_sigma(x, eps, sigma, next_sigma):
 class GaussianDiffusion:
     """DiT: regress the noise of 1000 noising steps, and learn the variance of the reverse steps.
 
-    Nichol & Dhariwal 2021, arXiv 2102.09672. x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise,
-    abar_t the product of alpha = 1 - beta over steps 0..t, beta rising linearly from 1e-4 to 0.02.
-    The first half of the model's 2*C channels predicts the noise, the second half the variance.
-    Matches the published DiT's create_diffusion().
+    Nichol & Dhariwal 2021, arXiv 2102.09672, as in the published DiT's create_diffusion().
+    x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise, abar_t the product of 1 - beta over steps 0..t.
+    Of the model's 2*C channels, the first half predicts the noise, the second half the variance.
     """
 
     methods = ("ddpm", "ddim", "heun")
@@ -510,8 +470,7 @@ class GaussianDiffusion:
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
         """The noise's squared error plus the variational bound in bits per dimension, (B,), and the
-        activations. As FlowMatching.loss, but t (B,) are step numbers. The bound trains the variance alone.
-        """
+        activations. t (B,) are step numbers. The bound trains the variance alone."""
         if x.device not in self.chains:
             self.chains[x.device] = chain_constants(self.abar, x.device)
         chain = self.chains[x.device]
@@ -550,29 +509,26 @@ class GaussianDiffusion:
                cfg_channels=None, noise_fn=None):
         """From noise (B, C, H, W) with labels y (B,) to samples, by `steps` of the 1000 steps.
 
-        method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al.
-            2020, arXiv 2010.02502) is Euler's method on the ODE of `euler_in_sigma`. "heun" is
-            Heun's method, with a step of Euler's in the last interval.
-        The rest is as in FlowMatching.sample. The variance is not guided, and cfg_interval bounds
-        t = 1 / (1 + sigma), the time at which SiT's path has the same signal-to-noise ratio.
+        method: "ddpm" draws from each step's learned normal distribution. "ddim" (Song et al. 2020,
+            arXiv 2010.02502) is Euler's method on the ODE of `euler_in_sigma`, "heun" is Heun's,
+            with a step of Euler's in the last interval.
+        The variance is not guided. cfg_interval bounds t = 1 / (1 + sigma), the time at which SiT's
+        path has the same signal-to-noise ratio.
         """
-        check_sampling(self, noise, method, cfg_channels)
-        channels = noise.shape[1]
+        check_known(method, "method", self.methods)
         low, high = sorted(cfg_interval)
         numbers = self.spaced(steps, method)
         abar = self.abar[numbers]
         chain = chain_constants(abar, noise.device)
-        sigma = (1 / abar - 1).sqrt().tolist()
+        sigma = [0.0] + (1 / abar - 1).sqrt().tolist()  # step k leads from sigma[k + 1] to sigma[k]
 
         def predict(x, k):
-            t = 1 / (1 + sigma[k])
-            scale = cfg if low <= t <= high else 1
-            out = guided(model, x, numbers[k], y, scale, cfg_channels or channels)
-            return out.split(channels, 1)  # eps and v, of the noise and the variance
+            t = 1 / (1 + sigma[k + 1])
+            out = guided(model, x, numbers[k], y, cfg, low <= t <= high, cfg_channels)
+            return out.split(x.shape[1], 1)  # eps and v, of the noise and the variance
 
         x = noise
         for k in reversed(range(steps)):
-            next_sigma = sigma[k - 1] if k > 0 else 0.0
             eps, v = predict(x, k)
             if method == "ddpm":
                 x, log_variance = reverse_step(chain, k, x, eps, v)
@@ -580,11 +536,11 @@ class GaussianDiffusion:
                     step_noise = torch.randn_like(x) if noise_fn is None else noise_fn(steps - 1 - k)
                     x = x + torch.exp(0.5 * log_variance) * step_noise
                 x = x.to(noise.dtype)
-            else:
-                if method == "heun" and k > 0:
-                    next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k], next_sigma), k - 1)
-                    eps = (eps + next_eps) / 2
-                x = euler_in_sigma(x, eps, sigma[k], next_sigma)
+                continue
+            if method == "heun" and k > 0:
+                next_eps, _ = predict(euler_in_sigma(x, eps, sigma[k + 1], sigma[k]), k - 1)
+                eps = (eps + next_eps) / 2
+            x = euler_in_sigma(x, eps, sigma[k + 1], sigma[k])
         return x
 
 class MeanFlow:
@@ -592,9 +548,8 @@ class MeanFlow:
 
     Geng et al. 2025, arXiv 2505.13447, whose time runs the other way, from data at 0 to noise at 1.
     every: one sample in `every` has r != t, the others are flow matching.
-    omega, kappa, interval: guidance in training, of scale omega / (1 - kappa). For t in the interval
-        and labels other than null, the velocity v is replaced by
-        omega * v + kappa * u(y) + (1 - omega - kappa) * u(null), with u at r = t.
+    omega, kappa, interval: guidance in training, of scale omega / (1 - kappa). In the interval of t, v
+        becomes omega * v + kappa * u(y) + (1 - omega - kappa) * u(null) at r = t, if y is not null.
     """
 
     methods = ("average",)
@@ -610,8 +565,8 @@ class MeanFlow:
 
     def times(self, n, generator=None, device=None):
         """Times t and r >= t, (n,) each: logit-normal, and r != t only in the `moving` samples."""
-        device = device or generator.device
-        a, b = torch.sigmoid(0.4 - torch.randn(2, n, generator=generator, device=device))
+        normal = torch.randn(2, n, generator=generator, device=device or generator.device)
+        a, b = torch.sigmoid(0.4 - normal)
         t = torch.minimum(a, b)
         r = t.clone()
         r[self.moving(n)] = torch.maximum(a, b)[self.moving(n)]
@@ -634,8 +589,7 @@ class MeanFlow:
         with torch.no_grad():
             v = self.guide(model, x_t, y, t, velocity)
             slope = torch.zeros_like(v)  # du/dt; where r = t, it plays no part
-            slope[moving] = self.derivative(
-                model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
+            slope[moving] = self.derivative(model, x_t[moving], y[moving], t[moving], r[moving], v[moving])
             target = v + (r - t).view(-1, 1, 1, 1) * slope  # the MeanFlow identity, eq. 6
         out, activations = model(x_t, t, y, r, blocks=blocks)  # again, now with gradients
         return mean_square(out[:, :x.shape[1]] - target), activations
@@ -644,11 +598,11 @@ class MeanFlow:
         """The velocity v, guided as omega, kappa and interval say."""
         if self.omega == 1 and self.kappa == 0:
             return v
-        null = null_labels(model, y)
-        out, _ = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))  # r = t
-        cond, uncond = out[:, :x_t.shape[1]].chunk(2)
-        mixed = self.omega * v + self.kappa * cond + (1 - self.omega - self.kappa) * uncond
-        applies = (min(self.interval) <= t) & (t <= max(self.interval)) & (y != null)
+        cond, uncond = with_and_without_labels(model, x_t, t, y)  # at r = t
+        out = self.kappa * cond + (1 - self.omega - self.kappa) * uncond
+        mixed = self.omega * v + out[:, :v.shape[1]]
+        low, high = sorted(self.interval)
+        applies = (low <= t) & (t <= high) & (y != model.num_classes)
         return torch.where(applies.view(-1, 1, 1, 1), mixed, v)
 
     def derivative(self, model, x, y, t, r, v):
@@ -665,19 +619,16 @@ class MeanFlow:
         return slope
 
     def weighted(self, error, size):
-        """What to minimise: the error, summed over a sample's `size` numbers, divided by itself + 0.01
-        without gradient (p = 1 in the paper)."""
+        """What to minimise: error * size, a sample's sum, over itself + 0.01 held fixed (the paper's p = 1)."""
         total = size * error
         return total / (total.detach() + 0.01)
 
     @torch.no_grad()
     def sample(self, model, noise, y, steps=1, method="average", cfg=1.0, cfg_interval=None,
                cfg_channels=None, noise_fn=None):
-        """From noise (B, C, H, W) with labels y (B,) to samples, in `steps` equal intervals.
-
-        cfg other than 1 is a ValueError. The last three arguments have no effect.
-        """
-        check_sampling(self, noise, method)
+        """From noise (B, C, H, W) with labels y (B,) to samples, in `steps` equal intervals. A cfg
+        other than 1 is a ValueError; the last three arguments have no effect."""
+        check_known(method, "method", self.methods)
         if cfg != 1:
             raise ValueError(f"cfg {cfg}: MeanFlow is guided in training, by omega and kappa")
         x = noise
