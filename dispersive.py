@@ -60,8 +60,7 @@ def repulsion(D, kind="infonce", tau=0.5, margin=1.0):
     """The dispersive loss of distances D (groups, n, n), for every kind but "covariance"."""
     if kind == "hinge":
         return (margin - D).relu().square().mean()
-    n = D.shape[-1]
-    return (-D / tau).logsumexp((-2, -1)).mean() - 2 * math.log(n)
+    return (-D / tau).logsumexp((-2, -1)).mean() - 2 * math.log(D.shape[-1])
 
 def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1.0, group=None):
     """The contrastive counterpart of dispersive_loss; z_pos is a second view. All j include j = i.
@@ -97,9 +96,8 @@ def repa_loss(h, target):
 
 def repa_projector(dim, feature_dim, width=2048):
     """REPA's trained map from the tokens of a block (..., dim) to features (..., feature_dim)."""
-    return torch.nn.Sequential(
-        torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
-        torch.nn.SiLU(), torch.nn.Linear(width, feature_dim))
+    return torch.nn.Sequential(torch.nn.Linear(dim, width), torch.nn.SiLU(), torch.nn.Linear(width, width),
+                               torch.nn.SiLU(), torch.nn.Linear(width, feature_dim))
 
 def dispersive_floor(kind, n, tau=0.5, margin=1.0):
     """Smallest possible value of dispersive_loss for n samples. InfoNCE gets close to it early."""
@@ -165,8 +163,7 @@ def mean_off_diagonal(products, diagonal):
     """mean_{k != l} C_kl^2, a scalar, of correlations C = a^T b / n between standardised a and b.
     products: gram(a) * gram(b), (groups, n, n). diagonal: C_kk, (groups, dim)."""
     # C is dim x dim, far too large. But factors rotate inside a trace, so n x n matrices suffice:
-    # sum_kl C_kl^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2
-    #               = sum_ij (a a^T)_ij (b b^T)_ij / n^2
+    # sum_kl C_kl^2 = trace(b^T a a^T b) / n^2 = trace(a a^T b b^T) / n^2 = sum_ij (a a^T)_ij (b b^T)_ij / n^2
     n, dim = products.shape[-1], diagonal.shape[-1]
     everything = products.sum((-2, -1)) / n ** 2  # (groups,)
     return ((everything - diagonal.square().sum(-1)) / (dim * (dim - 1))).mean()
@@ -186,6 +183,23 @@ class TimestepEmbedder(nn.Module):
         angles = t[:, None] * torch.exp(-math.log(10000) / 128 * exponents)  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+class PatchEmbedder(nn.Module):
+    def __init__(self, patch_size, in_channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        x = self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D), a token for each patch
+        return x.contiguous()  # else every layer norm copies its input
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, labels, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(labels, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
 
 def position_embedding(dim, side):
     """Fixed sinusoids (1, side*side, dim): the first half of dim says the column, the second the row."""
@@ -257,12 +271,10 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        patches = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-        self.x_embedder = nn.ModuleDict({"proj": patches})  # a dictionary only for the published name
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size) if second_time else None
-        labels = nn.Embedding(num_classes + self.has_null_label, hidden_size)
-        self.y_embedder = nn.ModuleDict({"embedding_table": labels})  # likewise
+        self.y_embedder = LabelEmbedder(num_classes + self.has_null_label, hidden_size)
         self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.out_channels)
@@ -285,15 +297,12 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y, r=None, blocks=()):
         """x (B, C, H, W), t (B,), y (B,) -> output (B, out_channels, H, W), list of activations.
-
         t: SiT's time, or DiT's step in 0..999. r (B,): a model's second time; by default it is t.
         blocks: the blocks, counted from 1, whose activations (B, T, D) are returned, in their order.
         """
         self.check_inputs(x, r, blocks)
-        x = self.x_embedder.proj(x)  # (B, D, H/p, W/p): one vector for each patch
-        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, T, D); else layer norms copy their input
-        x = x + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         if self.r_embedder is not None:
             r = t if r is None else r
             c = c + self.r_embedder(r - t)
@@ -348,8 +357,7 @@ def with_and_without_labels(model, x, t, y):
 def guided(model, x, t, y, scale, in_interval, channels):
     """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), if in_interval.
     t: one time, or step number, for all of x. Only the first `channels` are guided; None: as many as x has."""
-    if channels is None:
-        channels = x.shape[1]
+    channels = x.shape[1] if channels is None else channels
     if not 1 <= channels <= x.shape[1]:
         raise ValueError(f"cfg_channels {channels}: expected a number from 1 to {x.shape[1]}")
     t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
@@ -362,7 +370,6 @@ def guided(model, x, t, y, scale, in_interval, channels):
 
 class FlowMatching:
     """SiT (Ma et al. 2024, arXiv 2401.08740): regress the velocity from noise to data."""
-
     methods = ("heun", "euler", "sde")
 
     def times(self, n, generator=None, device=None):
@@ -371,7 +378,6 @@ class FlowMatching:
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=()):
         """Mean squared error per sample (B,), and the activations after these blocks.
-
         x (B, C, H, W), y (B,): data and labels. t (B,), noise: drawn when not given. r: only MeanFlow's.
         """
         t = self.times(len(x), device=x.device) if t is None else t
@@ -393,7 +399,6 @@ class FlowMatching:
         """
         check_known(method, "method", self.methods)
         low, high = sorted(cfg_interval)
-
         def velocity(x, t):
             return guided(model, x, t, y, cfg, low <= t <= high, cfg_channels)[:, :x.shape[1]]
 
@@ -456,7 +461,6 @@ class GaussianDiffusion:
     x_t = sqrt(abar_t) * x + sqrt(1 - abar_t) * noise, abar_t the product of 1 - beta over steps 0..t.
     Of the model's 2*C channels, the first half predicts the noise, the second half the variance.
     """
-
     methods = ("ddpm", "ddim", "heun")
 
     def __init__(self):
@@ -521,7 +525,6 @@ class GaussianDiffusion:
         abar = self.abar[numbers]
         chain = chain_constants(abar, noise.device)
         sigma = [0.0] + (1 / abar - 1).sqrt().tolist()  # step k leads from sigma[k + 1] to sigma[k]
-
         def predict(x, k):
             t = 1 / (1 + sigma[k + 1])
             out = guided(model, x, numbers[k], y, cfg, low <= t <= high, cfg_channels)
@@ -551,7 +554,6 @@ class MeanFlow:
     omega, kappa, interval: guidance in training, of scale omega / (1 - kappa). In the interval of t, v
         becomes omega * v + kappa * u(y) + (1 - omega - kappa) * u(null) at r = t, if y is not null.
     """
-
     methods = ("average",)
 
     def __init__(self, every=4, omega=1.0, kappa=0.0, interval=(0, 1)):
@@ -574,7 +576,6 @@ class MeanFlow:
 
     def loss(self, model, x, y, t=None, noise=None, r=None, blocks=(), moving=slice(None)):
         """Mean squared error per sample (B,), to be passed through `weighted`, and the activations.
-
         As FlowMatching.loss. If t is None, t and r (B,) are drawn; if only r is None, r = t.
         moving: index of the samples with r != t, which alone need the derivative (default: all).
         Forward-mode differentiation fails in DistributedDataParallel: give the model inside it.
@@ -610,7 +611,6 @@ class MeanFlow:
         def predict(x, t):
             out, _ = model(x, t, y, r)
             return out[:, :v.shape[1]]
-
         # forward-mode differentiation works neither in fused attention nor in compiled code
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             _, slope = torch.func.jvp(predict, (x, t), (v.to(x.dtype), torch.ones_like(t)))
