@@ -236,7 +236,7 @@ GOLDEN_SIT = {
     "out": [-0.6491057, -0.003471851, 1.045748, 0.975122, 0.1084242, -0.9454051, -0.7054862, 0.3594444, 0.03205636,
             -0.546802, 1.728984, -0.1839832],
     "loss": [3.268901, 3.151128, 3.140131],
-    "ode_heun2": [-0.8416493, -0.5420452, 1.907666, 1.103138, -0.5571678, -0.1735705, -1.213986, 1.075168],
+    "ode_heun2": [-0.8416493, -0.5420452, 1.907666, 1.103138],  # of the first of its two samples
 }
 
 @torch.no_grad()
@@ -245,11 +245,11 @@ def test_sit_its_loss_and_heun_equal_the_published_code():
     sit, y, t = fill(build_model("SiT-S/2", num_classes=10)), torch.tensor([0, 7, 10]), ru(2, 3)
     result = {"out": sit(rn(1, 3, 4, 32, 32), t, y)[0][:, :4],
               "loss": FlowMatching().loss(sit, rn(3, 3, 4, 32, 32), y, t, rn(4, 3, 4, 32, 32))[0],
-              "ode_heun2": FlowMatching().sample(sit, rn(5, 2, 4, 32, 32), torch.tensor([1, 2]), steps=5)}
+              "ode_heun2": FlowMatching().sample(sit, rn(5, 2, 4, 32, 32)[:1], torch.tensor([1]), steps=5)}
     for name, value in result.items():
         close(value.flatten()[::1 if name == "loss" else 1111], GOLDEN_SIT[name], 1e-5)
         if GOLDEN.exists():
-            close(value, np.load(GOLDEN / "sit.npz")[name], 1e-5)
+            close(value, np.load(GOLDEN / "sit.npz")[name][:len(value)], 1e-5)
 
 GOLDEN_DIT = {  # by sample
     "out": [[-1.004304, -1.253021, 2.241493, -0.2466072, 0.7236568, -2.282217, 0.1864561, 1.143],
@@ -1487,7 +1487,12 @@ def test_published_files_load_as_they_come(tmp_path):
 def vae():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)  # soon overwritten
-        yield fill(sample.VAE())
+        vae, generator = sample.VAE(), torch.Generator().manual_seed(0)
+    for name in ("encoder", "quant_conv", "post_quant_conv"):
+        fill(vae.get_submodule(name), name + ".")
+    for tensor in vae.decoder.parameters():  # of which no golden number depends; `fill` would take longer
+        tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1, generator=generator)
+    return vae
 
 def moments(mean, std):
     """What `encode` made mean and std of."""
@@ -1520,9 +1525,9 @@ def test_vae_moments_names_and_shapes_are_those_of_diffusers(vae):
     torch.testing.assert_close(std, 0.18215 * torch.exp(torch.tensor([10, 10, -15, -15.])), rtol=1e-5, atol=0)
 
 def test_vae_works_in_slices_and_keeps_latents_and_pixels_in_float32(vae, monkeypatch):
-    x, z, rows = rn(45, 3, 3, 16, 16), rn(46, 3, 4, 2, 2), []
+    x, z, rows = rn(45, 3, 3, 8, 8), rn(46, 3, 4, 1, 1), []
     mean, image = vae.encode(x)[0], vae.decode(z)
-    monkeypatch.setattr(sample, "SLICE_PIXELS", 2 * 16 * 16 + 1)  # two images
+    monkeypatch.setattr(sample, "SLICE_PIXELS", 2 * 8 * 8 + 1)  # two images
     for half in (vae.encoder, vae.decoder):
         half.conv_in.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     with torch.autocast("cpu", torch.bfloat16):
@@ -1819,7 +1824,7 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
 
     # as in ADM's archives, statistics win over images, and a missing pair is computed
     with np.load(tmp_path / "stats.npz") as stats:
-        np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=stats["sigma"])
+        np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=0 * stats["sigma"])
         np.savez(tmp_path / "pair.npz", mu=stats["mu"], sigma=stats["sigma"])  # like adm_in256_stats.npz and JiT's
     assert numbers_of(capsys, data, tmp_path / "pair.npz") == saved | {"sFID": None}
     both = numbers_of(capsys, sides / "a.npz", tmp_path / "both.npz")
