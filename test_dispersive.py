@@ -279,11 +279,11 @@ def test_dit_its_loss_and_posterior_equal_the_published_code():
             if GOLDEN.exists():
                 close(value, np.load(GOLDEN / "dit.npz")[name][i], 2e-5)
 
-def test_fifty_training_steps_of_the_authors_code():
+def test_twenty_five_training_steps_of_the_authors_code():
     """Golden: losses of the authors' own training (last block, tau 1, weight 0.25, AdamW)."""
     net, losses = fill(DiT(input_size=16, hidden_size=128, depth=4, num_heads=4, num_classes=10)), []
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, weight_decay=0.0)
-    for s in range(50):
+    for s in range(25):
         y = torch.from_numpy(np.random.RandomState(4000 + s).randint(0, 11, 32))
         loss, (z,) = FlowMatching().loss(net, rn(1000 + s, 32, 4, 16, 16), y, ru(3000 + s, 32),
                                          rn(2000 + s, 32, 4, 16, 16), blocks=[4])
@@ -292,10 +292,10 @@ def test_fifty_training_steps_of_the_authors_code():
         total.backward()
         optimizer.step()
         losses.append(total.item())
-    for s, reference in {0: 2.59821773, 1: 2.51078415, 9: 2.09170985, 24: 1.76760042, 49: 1.32502353}.items():
-        close(losses[s], reference, 2e-6)
+    for s, reference in {0: 2.59821773, 1: 2.51078415, 9: 2.09170985, 24: 1.76760042}.items():
+        close(losses[s], reference, 1e-6)
     if GOLDEN.exists():
-        close(losses, np.load(GOLDEN / "train.npz")["loss"], 2e-6)
+        close(losses, np.load(GOLDEN / "train.npz")["loss"][:25], 1e-6)
 
 def random_model(dtype=torch.float64, **overrides):
     """A small model whose every weight matters (a fresh one is the identity)."""
@@ -512,7 +512,7 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
 NANO = ["--model", "SiT-nano/8", "--batch", "32", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--dtype",
         "fp32", "--ckpt-every", "1000", "--sample-every", "1000"]
 for name in ("SiT-nano/8", "SiT-nano/4", "SiT-nano/2", "DiT-nano/8"):
-    MODELS[name] = dict(hidden_size=32, depth=8, num_heads=2, patch_size=int(name[-1]))
+    MODELS[name] = dict(hidden_size=32, depth=4, num_heads=2, patch_size=int(name[-1]))
 CPU, partial = torch.device("cpu"), functools.partial
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that the tests start elsewhere
 CLOCKS = {"images/s", "TFLOP/s", "time"}  # what differs from run to run
@@ -812,7 +812,7 @@ def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, monkeypatch,
 # ----------------------------------------
 # train.py: the step
 
-def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(2,), group=16, weight=0.5,
+def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(1,), group=16, weight=0.5,
             view=None, features=None, beta2=0.999, clip=math.inf, **options):
     """Two steps of training on the photos, written out -> ([{name: float}, ...], {"model": weights, ...})."""
     data, meanflow = train.Data.open(photos / "cache"), isinstance(objective, MeanFlow)
@@ -880,7 +880,7 @@ def check_by_hand(base, out, flags, **options):
     ("--disp hinge --disp-blocks 1,3 --disp-group 8 --disp-margin 2 --grad-clip 0.01 --beta2 0.9",
      dict(kind="hinge", blocks=[1, 3], group=8, margin=2.0, clip=0.01, beta2=0.9)),
     ("--disp cosine --disp-tau 0.7 --disp-blocks all --disp-weight 3",
-     dict(kind="cosine", tau=0.7, blocks=range(1, 9), weight=3)),
+     dict(kind="cosine", tau=0.7, blocks=range(1, 5), weight=3)),
     ("--contrastive dependent --disp covariance", dict(kind="covariance", view="dependent")),
     ("--contrastive dependent --disp hinge --model DiT-nano/8", dict(
         kind="hinge", view="dependent", model="DiT-nano/8", objective=GaussianDiffusion())),
@@ -898,8 +898,9 @@ def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, li
     np.save("features.npy", features)
     check_by_hand(base, "run", ["--disp", "none", "--repa", "features.npy", "--repa-weight", 0.7],
                   kind="none", blocks=[4], features=features, weight=0.7)
-    for name, block in (("SiT-B/2", 4), ("DiT-L/4", 8), ("SiT-XL/2", 8)):  # as REPA's authors advise
-        assert train.parse(["--model", name]).repa_block == block
+    for name, block, dispersed in (("SiT-B/2", 4, 3), ("DiT-L/4", 8, 6), ("SiT-XL/2", 8, 7)):  # as the authors advise
+        args = train.parse(["--model", name])
+        assert args.repa_block == block and args.disp_blocks == [dispersed]
 
 def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(base, latents, capsys):
     """Neither the seed nor the batch nor the images between them matter."""
@@ -945,7 +946,7 @@ def test_the_log_counts_epochs_and_operations(base):
     assert column("out", "step")[-1] == [4] and column("default", "step")[-1] == [8]
     (at, lr), *_ = column("out", "time", "lr")
     assert abs(time.time() - at) < 600 and lr == 1e-3
-    tokens, width, blocks = 4, 32, 8
+    tokens, width, blocks = 4, 32, 4
     multiplications = (blocks * ((12 * tokens + 6) * width ** 2 + 2 * tokens ** 2 * width)  # of one forward pass
                        + tokens * width * 3 * 64 * (1 + 2) + 2 * width ** 2 + (256 + width) * width)
     for images, tera in column("out", "images/s", "TFLOP/s"):
@@ -1172,7 +1173,7 @@ def test_ranks_that_do_not_share_the_folder_do_not_start(base):
 # train.py: bad flags and files, speed, and the README
 
 BAD_FLAGS = [
-    ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 8"), ("--lr nan", "--lr: "),
+    ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 4"), ("--lr nan", "--lr: "),
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "--batch 40 must be a multiple of ranks x --micro, 1 x 40"),
     ("--micro 12", "1 x 12, and --micro of --disp-group, 16"), ("--images nowhere --data x", "nowhere: "),
@@ -1233,7 +1234,7 @@ def test_one_compilation_serves_all_blocks(flags, latents, monkeypatch):
     trains(*latents, *flags.split(), "--out", "eager")
     trains(*latents, *flags.split(), "--out", "compiled", "--compile")
     before, after = weights("eager"), weights("compiled")
-    assert "blocks.7.mlp.fc1.weight" in after and len(compiled) == 1 and before.keys() == after.keys()
+    assert "blocks.3.mlp.fc1.weight" in after and len(compiled) == 1 and before.keys() == after.keys()
     assert all((value - before[name]).abs().max() <= 1e-4 for name, value in after.items())
 
 class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1295,7 +1296,7 @@ def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
 
     none = traffic("--disp", "none")
     assert 2 < traffic("--disp", kind, "--disp-blocks", "3") - none <= 9
-    assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 8 <= 9
+    assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 4 <= 9
 
 def test_the_commands_of_the_paper_row_by_row_run(base, monkeypatch):
     """The full command with what each row appends: train.py knows all flags, and one of each sort runs."""
@@ -1415,7 +1416,7 @@ def test_what_exists_is_refused_before_any_work(sampling, tmp_path, monkeypatch,
 
 def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_path, monkeypatch):
     other = torch.load(ckpts["flow"][0])
-    other["ema"]["blocks.7.mlp.fc2.bias"][-1] += 1e-6
+    other["ema"]["blocks.3.mlp.fc2.bias"][-1] += 1e-6
     torch.save(other, tmp_path / "other.pt")
     different = [[], ["--seed", 1], ["--steps", 3], ["--method", "euler"], ["--cfg", 2], ["--cfg-interval", 0, 0.5],
                  ["--cfg-channels", 1], ["--classes", "1"], ["--dtype", "bf16"], ["--labels", "random"],
@@ -1488,11 +1489,11 @@ def vae():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)  # soon overwritten
         vae, generator = sample.VAE(), torch.Generator().manual_seed(0)
-    for name in ("encoder", "quant_conv", "post_quant_conv"):
-        fill(vae.get_submodule(name), name + ".")
-    for tensor in vae.decoder.parameters():  # of which no golden number depends; `fill` would take longer
-        tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1, generator=generator)
-    return vae
+        for name in ("encoder", "quant_conv", "post_quant_conv"):
+            fill(vae.get_submodule(name), name + ".")
+        for tensor in vae.decoder.parameters():  # on which no golden number depends; `fill` would take longer
+            tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1, generator=generator)
+        yield vae
 
 def moments(mean, std):
     """What `encode` made mean and std of."""
@@ -1751,7 +1752,7 @@ def test_resize_is_tensorflow_1(height, width):
 
 def test_random_weights_have_a_fixed_seed_and_published_ones_load_as_they_come(inception, tmp_path):
     images = golden_images()[:1]
-    assert fid.Inception("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
+    assert inception_of("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
     state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
     assert torch.equal(fid.Inception(tmp_path / "inception.pth")(images)[0], inception(images)[0])
