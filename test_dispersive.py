@@ -1282,18 +1282,18 @@ class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
             self.total += sum({**read, **written}.values())
         return result
 
+@functools.cache
+def traffic(*flags):
+    """Of a whole step, with the distance that is logged, in passes over a block's activations."""
+    data = train.Data(np.zeros((16, 3, 32, 32), np.uint8), np.zeros(16, int), ["all"])
+    images, labels = data.read(np.arange(16), np.zeros(16, bool))
+    losses = train.Losses(train.parse(["--model", "SiT-nano/2", "--batch", "16", *flags]), data, CPU)
+    with Traffic() as counted:
+        losses(0, 0, images, labels)[0].backward()
+    return counted.total / (16 * 256 * 32 * 4)
+
 @pytest.mark.parametrize("kind", ["infonce", "hinge", "cosine"])
 def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
-    """In a whole step, with the distance that is logged."""
-    data = train.Data(np.zeros((32, 3, 32, 32), np.uint8), np.zeros(32, int), ["all"])
-    images, labels = data.read(np.arange(32), np.zeros(32, bool))
-
-    def traffic(*flags):
-        losses = train.Losses(train.parse(["--model", "SiT-nano/2", "--batch", "32", *flags]), data, CPU)
-        with Traffic() as counted:
-            losses(0, 0, images, labels)[0].backward()
-        return counted.total / (32 * 256 * 32 * 4)
-
     none = traffic("--disp", "none")
     assert 2 < traffic("--disp", kind, "--disp-blocks", "3") - none <= 9
     assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 4 <= 9
