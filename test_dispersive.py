@@ -11,15 +11,13 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -31,6 +29,7 @@ import scipy.linalg
 import scipy.spatial
 import scipy.special
 import torch
+import torch.distributed.run
 from PIL import Image
 
 import fid
@@ -293,9 +292,9 @@ def test_fifty_training_steps_of_the_authors_code():
         optimizer.step()
         losses.append(total.item())
     for s, reference in {0: 2.59821773, 1: 2.51078415, 9: 2.09170985, 24: 1.76760042, 49: 1.32502353}.items():
-        close(losses[s], reference, 2e-6)
+        close(losses[s], reference, 1e-6)
     if GOLDEN.exists():
-        close(losses, np.load(GOLDEN / "train.npz")["loss"], 2e-6)
+        close(losses, np.load(GOLDEN / "train.npz")["loss"], 1e-6)
 
 def random_model(dtype=torch.float64, **overrides):
     """A small model whose every weight matters (a fresh one is the identity)."""
@@ -512,12 +511,24 @@ def test_mean_flow_target_is_the_directional_derivative_of_the_guided_velocity(g
 NANO = ["--model", "SiT-nano/8", "--batch", "32", "--lr", "1e-3", "--ema", "0.9", "--log-every", "1", "--dtype",
         "fp32", "--ckpt-every", "1000", "--sample-every", "1000"]
 for name in ("SiT-nano/8", "SiT-nano/4", "SiT-nano/2", "DiT-nano/8"):
-    MODELS[name] = dict(hidden_size=32, depth=8, num_heads=2, patch_size=int(name[-1]))
+    MODELS[name] = dict(hidden_size=32, depth=4, num_heads=2, patch_size=int(name[-1]))
 CPU, partial = torch.device("cpu"), functools.partial
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that the tests start elsewhere
 CLOCKS = {"images/s", "TFLOP/s", "time"}  # what differs from run to run
 FORK = multiprocessing.get_context("forkserver")  # a server that has imported all this forks a run in milliseconds
 FORK.set_forkserver_preload([__name__, "torch._dynamo"])
+
+def generate_roughly(*args, steps):
+    """4 steps for a picture's 25; all of them where a test asks for sample.generate."""
+    return generate_well(*args, steps=1 + steps // 8)
+
+generate_well = sample.generate
+train.generate = generate_roughly
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """Begins to import while the first tests run."""
+    multiprocessing.forkserver.ensure_running()
 
 def fails(main, capsys, *args):
     """The one line that a bad command line prints, after progress and warnings; exit code 2."""
@@ -781,7 +792,8 @@ def test_the_demo_is_deterministic_and_balanced_and_its_batch_suits_eight_ranks(
         assert train.parse([]).batch == batch and train.parse(["--batch", "48"]).batch == 48
     assert train.parse([]).steps == 1500 and train.parse(["--epochs", "2"]).steps is None
 
-def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
+def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, monkeypatch, capsys):
+    monkeypatch.setattr(train, "generate", sample.generate)
     trains("--model", "SiT-nano/4", "--steps", 60, "--log-every", 20)
     (first,), _, (last,) = column("out", "loss")
     assert last < 0.9 * first and "sample.py --ckpt out/ckpt.pt --steps 25" in capsys.readouterr().out
@@ -791,7 +803,7 @@ def test_the_demos_loss_falls_and_it_leaves_a_picture(base, little, capsys):
 # ----------------------------------------
 # train.py: the step
 
-def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(2,), group=16, weight=0.5,
+def by_hand(photos, model="SiT-nano/8", objective=FlowMatching(), kind="infonce", blocks=(1,), group=16, weight=0.5,
             view=None, features=None, beta2=0.999, clip=math.inf, **options):
     """Two steps of training on the photos, written out -> ([{name: float}, ...], {"model": weights, ...})."""
     data, meanflow = train.Data.open(photos / "cache"), isinstance(objective, MeanFlow)
@@ -859,15 +871,17 @@ def check_by_hand(base, out, flags, **options):
     ("--disp hinge --disp-blocks 1,3 --disp-group 8 --disp-margin 2 --grad-clip 0.01 --beta2 0.9",
      dict(kind="hinge", blocks=[1, 3], group=8, margin=2.0, clip=0.01, beta2=0.9)),
     ("--disp cosine --disp-tau 0.7 --disp-blocks all --disp-weight 3",
-     dict(kind="cosine", tau=0.7, blocks=range(1, 9), weight=3)),
+     dict(kind="cosine", tau=0.7, blocks=range(1, 5), weight=3)),
     ("--contrastive dependent --disp covariance", dict(kind="covariance", view="dependent")),
     ("--contrastive dependent --disp hinge --model DiT-nano/8", dict(
         kind="hinge", view="dependent", model="DiT-nano/8", objective=GaussianDiffusion())),
     ("--objective meanflow --contrastive independent", dict(objective=MeanFlow(), beta2=0.95, view="independent")),
     ("--objective meanflow --meanflow-omega 0.5 --meanflow-kappa 0.4 --meanflow-interval 0.25 1", dict(
         objective=MeanFlow(4, 0.5, 0.4, (0.25, 1.0)), beta2=0.95))])
-def test_the_step_is_the_recipe(flags, options, base):
+def test_the_step_is_the_recipe(flags, options, base, monkeypatch):
     """Data order, flips, label dropout, streams, losses, clipping, AdamW, and an EMA whose decay warms up."""
+    if "DiT" in flags:
+        monkeypatch.setattr(train, "generate", sample.generate)
     check_by_hand(base, "run", flags.split(), **options)
 
 def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, little):
@@ -875,8 +889,9 @@ def test_repa_aligns_a_block_with_the_features_of_image_or_mirror_image(base, li
     np.save("features.npy", features)
     check_by_hand(base, "run", ["--disp", "none", "--repa", "features.npy", "--repa-weight", 0.7],
                   kind="none", blocks=[4], features=features, weight=0.7)
-    for name, block in (("SiT-B/2", 4), ("DiT-L/4", 8), ("SiT-XL/2", 8)):  # as REPA's authors advise
-        assert train.parse(["--model", name]).repa_block == block
+    for name, block, dispersed in (("SiT-B/2", 4, 3), ("DiT-L/4", 8, 6), ("SiT-XL/2", 8, 7)):  # as the authors advise
+        args = train.parse(["--model", name])
+        assert args.repa_block == block and args.disp_blocks == [dispersed]
 
 def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(base, latents, capsys):
     """Neither the seed nor the batch nor the images between them matter."""
@@ -900,8 +915,8 @@ def test_a_model_without_labels_is_trained_validated_and_sampled_with_the_null_l
         net, x, t, y, *rest, **named))
     trains(*base, "--out", "out", "--steps", 2, "--val", base[1], "--label-dropout", 1)
     sample.main(["--ckpt", "out/ckpt.pt", "--n", "4", "--steps", "1", "--out", "new"])
-    labels = torch.cat([y for y in seen if y.device.type != "meta"])  # there, operations are counted
-    assert len(labels) > 1000 and (labels == 2).all()
+    labels = torch.cat(seen)
+    assert len(labels) > 700 and (labels == 2).all()
 
 def test_training_starts_from_the_ema_of_a_checkpoint_or_from_published_weights(base, photos, capsys):
     trains(*base, "--steps", 2, "--out", "run")
@@ -921,10 +936,11 @@ def test_the_log_counts_epochs_and_operations(base):
     assert column("out", "step")[-1] == [4] and column("default", "step")[-1] == [8]
     (at, lr), *_ = column("out", "time", "lr")
     assert abs(time.time() - at) < 600 and lr == 1e-3
-    tokens, width, blocks = 4, 32, 8
+    tokens, width, blocks = 4, 32, 4
     multiplications = blocks * (12 * tokens * width ** 2 + 2 * tokens ** 2 * width)  # of one forward pass
-    for images, tera in column("out", "images/s", "TFLOP/s"):
-        close(tera * 1e12 / images, 3 * 2 * 2 * multiplications, 1e-6)
+    for out, views in (("out", 2), ("default", 1)):
+        for images, tera in column(out, "images/s", "TFLOP/s"):
+            close(tera * 1e12 / images, 3 * 2 * views * multiplications, 1e-6)
 
 def test_everything_at_once_on_two_ranks_that_accumulate_equals_one_process(base, little):
     random = np.random.default_rng(0)
@@ -1065,10 +1081,12 @@ def test_torchrun_restarts_from_the_last_checkpoint(base):
         "    test.in_step(3, test.partial(test.send, 9), rank=1)\n"
         "test.sample.run(test.train.main)\n")
     args = [*base, "--ckpt-every", 2, "--steps", 5, "--out"]
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1 run.py".split()
-    done = subprocess.run([sys.executable, *torchrun, *map(str, args), "run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(f"step {step}/5  loss") for step in (1, 2, 3)] == [1, 1, 2]
+    torchrun = "--standalone --nproc_per_node=2 --max-restarts=1 --redirects=3 --log-dir=logs"
+    forked = ["--run-path", "--start-method=forkserver", "run.py"]  # rather than in interpreters of their own
+    with mock.patch.dict(os.environ):
+        torch.distributed.run.main([*torchrun.split(), *forked, *map(str, args), "run"])
+    said = "".join(path.read_text() for path in Path("logs").rglob("stdout.log"))
+    assert [said.count(f"step {step}/5  loss") for step in (1, 2, 3)] == [1, 1, 2]
     trains(*args, "whole")
     assert column("run", "step") == column("whole", "step")
     nearly_same("run", "whole", "loss", "disp")
@@ -1149,7 +1167,7 @@ def test_ranks_that_do_not_share_the_folder_do_not_start(base):
 # train.py: bad flags and files, speed, and the README
 
 BAD_FLAGS = [
-    ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 8"), ("--lr nan", "--lr: "),
+    ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 4"), ("--lr nan", "--lr: "),
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "40 images per pass and rank (--micro, or --batch / ranks) must be a multiple of --disp-group, 16"),
     ("--micro 12", "--batch 32 must be a multiple of ranks x --micro, 1 x 12"), ("--images nowhere --data x", "nowhere: "),
@@ -1210,7 +1228,7 @@ def test_one_compilation_serves_all_blocks(flags, latents, monkeypatch):
     trains(*latents, *flags.split(), "--out", "eager")
     trains(*latents, *flags.split(), "--out", "compiled", "--compile")
     before, after = weights("eager"), weights("compiled")
-    assert "blocks.7.mlp.fc1.weight" in after and len(compiled) == 1 and before.keys() == after.keys()
+    assert "blocks.3.mlp.fc1.weight" in after and len(compiled) == 1 and before.keys() == after.keys()
     assert all((value - before[name]).abs().max() <= 1e-4 for name, value in after.items())
 
 class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1258,21 +1276,21 @@ class Traffic(torch.utils._python_dispatch.TorchDispatchMode):
             self.total += sum({**read, **written}.values())
         return result
 
+@functools.cache
+def traffic(*flags):
+    """Of a whole step, with the distance that is logged, in passes over a block's activations."""
+    data = train.Data(np.zeros((16, 3, 32, 32), np.uint8), np.zeros(16, int), ["all"])
+    images, labels = data.read(np.arange(16), np.zeros(16, bool))
+    losses = train.Losses(train.parse(["--model", "SiT-nano/2", "--batch", "16", *flags]), data, CPU)
+    with Traffic() as counted:
+        losses(0, 0, images, labels)[0].backward()
+    return counted.total / (16 * 256 * 32 * 4)
+
 @pytest.mark.parametrize("kind", ["infonce", "hinge", "cosine"])
 def test_a_dispersed_block_costs_at_most_nine_passes_over_its_activations(kind):
-    """In a whole step, with the distance that is logged."""
-    data = train.Data(np.zeros((32, 3, 32, 32), np.uint8), np.zeros(32, int), ["all"])
-    images, labels = data.read(np.arange(32), np.zeros(32, bool))
-
-    def traffic(*flags):
-        losses = train.Losses(train.parse(["--model", "SiT-nano/2", "--batch", "32", *flags]), data, CPU)
-        with Traffic() as counted:
-            losses(0, 0, images, labels)[0].backward()
-        return counted.total / (32 * 256 * 32 * 4)
-
     none = traffic("--disp", "none")
     assert 2 < traffic("--disp", kind, "--disp-blocks", "3") - none <= 9
-    assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 8 <= 9
+    assert 2 < (traffic("--disp", kind, "--disp-blocks", "all") - none) / 4 <= 9
 
 def test_the_commands_of_the_paper_row_by_row_run(base, monkeypatch):
     """The full command with what each row appends: train.py knows all flags, and one of each sort runs."""
@@ -1301,7 +1319,7 @@ def ckpts(tmp_path_factory):
     """{objective: (a file like train.py's, its EMA's network)}, all but the first trained without labels."""
     made, folder = {}, tmp_path_factory.mktemp("checkpoints")
     for objective, dropout in (("flow", 0.1), ("diffusion", 1), ("meanflow", 1)):
-        model = "DiT-XS/8" if objective == "diffusion" else "SiT-XS/8"
+        model = "DiT-nano/8" if objective == "diffusion" else "SiT-nano/8"
         net = build_model(model, input_size=16, in_channels=3, num_classes=2, second_time=objective == "meanflow")
         state = fill(net.requires_grad_(False)).state_dict()
         config = dict(model=model, objective=objective, classes=["cat", "dog"], vae="none", label_dropout=dropout)
@@ -1392,7 +1410,7 @@ def test_what_exists_is_refused_before_any_work(sampling, tmp_path, monkeypatch,
 
 def test_runs_whose_images_differ_get_folders_of_their_own(ckpts, sampling, tmp_path, monkeypatch):
     other = torch.load(ckpts["flow"][0])
-    other["ema"]["blocks.7.mlp.fc2.bias"][-1] += 1e-6
+    other["ema"]["blocks.3.mlp.fc2.bias"][-1] += 1e-6
     torch.save(other, tmp_path / "other.pt")
     different = [[], ["--seed", 1], ["--steps", 3], ["--method", "euler"], ["--cfg", 2], ["--cfg-interval", 0, 0.5],
                  ["--cfg-channels", 1], ["--classes", "1"], ["--dtype", "bf16"], ["--labels", "random"],
@@ -1432,7 +1450,7 @@ def test_a_running_run_locks_its_folder_and_a_dead_one_does_not(ckpts, sampling,
 
 @pytest.mark.parametrize("args, words", [
     (["--n", "0"], "argument --n/--num-samples: expected int from 1, got"),
-    (["--classes", "2"], "--classes 2: expected numbers from 0 to 1"), (["--model", "SiT-XS/8"], "of no other file"),
+    (["--classes", "2"], "--classes 2: expected numbers from 0 to 1"), (["--model", "SiT-nano/8"], "of no other file"),
     (["--method", "rk4"], "unknown method 'rk4': expected one of heun, euler, sde"),
     (["--cfg-channels", "4"], "cfg_channels 4: expected a number from 1 to 3"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt: No such file"), (["--out", "/proc/x/y.npz"], "/proc/x/y.npz."),
@@ -1446,14 +1464,14 @@ def test_bad_flags_are_found_before_any_work(args, words, ckpts, sampling, capsy
 def test_published_files_load_as_they_come(tmp_path):
     """A bare state dict or one under "ema" beside flags, in the format of today and that before torch 1.6."""
     path = tmp_path / "published.pt"
-    net = fill(build_model("SiT-XS/8", input_size=16, in_channels=3, num_classes=5))
+    net = fill(build_model("SiT-nano/8", input_size=16, in_channels=3, num_classes=5))
     for today in (True, False):
         for state in (net.state_dict(), dict(model={}, ema=net.state_dict(), opt={}, args=argparse.Namespace(lr=1))):
             torch.save(state, path, _use_new_zipfile_serialization=today)
-            loaded, inputs = sample.load_model(path, "SiT-XS/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
+            loaded, inputs = sample.load_model(path, "SiT-nano/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
             assert torch.equal(loaded(*inputs)[0], net(*inputs)[0]) and loaded.num_classes == 5
-    assert sample.load_model(path, "DiT-XS/8")[1]["objective"] == "diffusion"
-    for name, words in ((None, "say with --model"), ("SiT-S/8", r"0.adaLN_modulation.1.bias is \(1536,\) where")):
+    assert sample.load_model(path, "DiT-nano/8")[1]["objective"] == "diffusion"
+    for name, words in ((None, "say with --model"), ("SiT-S/8", r"0.adaLN_modulation.1.bias is \(192,\) where")):
         with pytest.raises(UserError, match=words):
             sample.load_model(path, name)
 
@@ -1464,7 +1482,12 @@ def test_published_files_load_as_they_come(tmp_path):
 def vae():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **options: tensor)  # soon overwritten
-        yield fill(sample.VAE())
+        vae, generator = sample.VAE(), torch.Generator().manual_seed(0)
+        for name in ("encoder", "quant_conv", "post_quant_conv"):
+            fill(vae.get_submodule(name), name + ".")
+        for tensor in vae.decoder.parameters():  # on which no golden number depends; `fill` would take longer
+            tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1, generator=generator)
+        yield vae
 
 def moments(mean, std):
     """What `encode` made mean and std of."""
@@ -1497,9 +1520,9 @@ def test_vae_moments_names_and_shapes_are_those_of_diffusers(vae):
     torch.testing.assert_close(std, 0.18215 * torch.exp(torch.tensor([10, 10, -15, -15.])), rtol=1e-5, atol=0)
 
 def test_vae_works_in_slices_and_keeps_latents_and_pixels_in_float32(vae, monkeypatch):
-    x, z, rows = rn(45, 3, 3, 16, 16), rn(46, 3, 4, 2, 2), []
+    x, z, rows = rn(45, 3, 3, 8, 8), rn(46, 3, 4, 1, 1), []
     mean, image = vae.encode(x)[0], vae.decode(z)
-    monkeypatch.setattr(sample, "SLICE_PIXELS", 2 * 16 * 16 + 1)  # two images
+    monkeypatch.setattr(sample, "SLICE_PIXELS", 2 * 8 * 8 + 1)  # two images
     for half in (vae.encoder, vae.decoder):
         half.conv_in.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     with torch.autocast("cpu", torch.bfloat16):
@@ -1626,7 +1649,33 @@ def test_images_of_any_format_are_rgb_and_16_bit_grey_keeps_its_contents(tmp_pat
 def inception():
     return fill(fid.Inception())
 
-inception_of = functools.cache(fid.Inception)
+@functools.cache
+def inception_of(weights, build=fid.Inception):
+    """Made once, and run once on every batch that comes again."""
+    network, known = build(weights), {}
+    forward = network.forward
+
+    def remembering(x):
+        key = tuple(x.shape), x.numpy().tobytes()
+        if key not in known:
+            known[key] = forward(x)
+        return known[key]
+    network.forward = remembering
+    return network
+
+class SmallInception(torch.nn.Module):
+    """Stands in for the large one."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.fc = fill(torch.nn.Linear(12, 2048 + 2023 + 1008).requires_grad_(False))
+
+    def forward(self, x):
+        return self.fc(fid.resize_tf1(x, 2).flatten(1) / 255).split([2048, 2023, 1008], 1)
+
+def with_small_inception():
+    fid.Inception = SmallInception
+
 FID_FLAGS = ["--weights", "random", "--device", "cpu", "--batch", "4"]
 
 def smooth_images(seed, count):
@@ -1685,19 +1734,19 @@ def test_inception_matches_the_published_network_and_keeps_full_float32(inceptio
 @pytest.mark.parametrize("height, width", [(7, 50), (299, 299), (64, 400)])
 def test_resize_is_tensorflow_1(height, width):
     image = np.random.RandomState(0).randint(0, 256, (height, width)).astype(float)
-    expected = np.empty((299, 299))
-    for i, j in np.ndindex(299, 299):  # ResizeBilinear, align_corners and half_pixel_centers false
-        y, x = i * height / 299, j * width / 299
-        top, left = int(y), int(x)
-        rows, columns = [top, min(top + 1, height - 1)], [left, min(left + 1, width - 1)]
-        upper, lower = image[rows][:, columns] @ [1 - x + left, x - left]
-        expected[i, j] = upper + (lower - upper) * (y - top)
+    # ResizeBilinear, align_corners and half_pixel_centers false
+    y, x = np.arange(299)[:, None] * height / 299, np.arange(299) * width / 299
+    top, left = y.astype(int), x.astype(int)
+    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
+    upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
+    lower = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * (x - left)
+    expected = upper + (lower - upper) * (y - top)
     resized = fid.resize_tf1(torch.from_numpy(image.astype(np.uint8))[None, None])[0, 0]
     np.testing.assert_allclose(resized, expected, atol=0.02)
 
 def test_random_weights_have_a_fixed_seed_and_published_ones_load_as_they_come(inception, tmp_path):
     images = golden_images()[:1]
-    assert fid.Inception("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
+    assert inception_of("random").fc.weight[0, 0].item() == pytest.approx(-0.06702939, rel=1e-5)
     state = {name: tensor for name, tensor in inception.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "inception.pth", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
     assert torch.equal(fid.Inception(tmp_path / "inception.pth")(images)[0], inception(images)[0])
@@ -1770,7 +1819,7 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
 
     # as in ADM's archives, statistics win over images, and a missing pair is computed
     with np.load(tmp_path / "stats.npz") as stats:
-        np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=stats["sigma"])
+        np.savez_compressed(tmp_path / "both.npz", arr_0=images[1], mu=stats["mu"] + 1, sigma=0 * stats["sigma"])
         np.savez(tmp_path / "pair.npz", mu=stats["mu"], sigma=stats["sigma"])  # like adm_in256_stats.npz and JiT's
     assert numbers_of(capsys, data, tmp_path / "pair.npz") == saved | {"sFID": None}
     both = numbers_of(capsys, sides / "a.npz", tmp_path / "both.npz")
@@ -1782,12 +1831,14 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
     np.savez(tmp_path / "crops.npz", np.stack(crops))
     assert numbers_of(capsys, sides / "a", tmp_path / "crops.npz", "--size", 16)["FID"] == pytest.approx(0, abs=1e-4)
 
-def test_two_ranks_give_the_result_of_one(sides, tmp_path, capsys, monkeypatch):
+def test_two_ranks_give_the_result_of_one(sides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one = numbers_of(capsys, sides / "a.npz", sides / "b")
-    assert ends(launch(sides / "a.npz", sides / "b", *FID_FLAGS, main=fid.main, ranks=2)) == [0, 0]
-    two = json.loads(Path("log0").read_text().splitlines()[-1].replace('"random"', "0"))
-    assert two == pytest.approx(one, rel=1e-6) and "FID" not in Path("log1").read_text()
+    results = []
+    for ranks in (1, 2):
+        assert ends(launch(sides / "a.npz", sides / "b", *FID_FLAGS, main=fid.main, fault=with_small_inception,
+                           ranks=ranks)) == [0] * ranks
+        results.append(json.loads(Path("log0").read_text().splitlines()[-1].replace('"random"', "0")))
+    assert results[1] == pytest.approx(results[0], rel=1e-6) and "FID" not in Path("log1").read_text()
     batches = zip(range(9), range(9))  # few of them are read ahead, and all in order
     ahead = fid.read_ahead(mock.Mock(read=lambda first, last: first), batches)
     assert next(ahead) == 0 and next(batches) == (2, 2) and list(ahead) == [1, *range(3, 9)]
