@@ -118,13 +118,18 @@ def complete(args):
     """Fill in what depends on other flags, and refuse what does not go together."""
     depth = MODELS[args.model]["depth"]
     args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
+    args.repa_block = args.repa_block or (8 if "L/" in args.model else 4)  # L and XL
     meanflow = args.objective == "meanflow"
     if args.beta2 is None:
         args.beta2 = 0.95 if meanflow else 0.999
-    if args.repa_block is None:
-        args.repa_block = 8 if "L/" in args.model else 4  # L and XL
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
+    every_block = [str(block) for block in range(1, depth + 1)]
+    blocks = (args.disp_blocks or str(depth // 4)).split(",")
+    if blocks == ["all"]:
+        blocks = every_block
     rules = [
+        (not set(blocks) <= set(every_block),
+         f"--disp-blocks {args.disp_blocks}: expected 'all', or numbers from 1 to {depth} such as 1,3"),
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
         (args.images and args.vae != "none" and args.size % 8, f"--size {args.size}: the VAE needs a multiple of 8"),
@@ -136,17 +141,9 @@ def complete(args):
     for broken, message in rules:
         if broken:
             raise UserError(message)
-    args.disp_blocks = parse_blocks(args.disp_blocks or str(depth // 4), depth)
+    args.disp_blocks = sorted(int(block) for block in set(blocks))
     if args.disp == "none":
         args.disp_blocks = []
-
-def parse_blocks(text, depth):
-    """--disp-blocks -> sorted numbers of blocks."""
-    known = [str(block) for block in range(1, depth + 1)]
-    chosen = set(known if text == "all" else text.split(","))
-    if not chosen <= set(known):
-        raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
-    return sorted(int(block) for block in chosen)
 
 def check_data(args, world, side):
     """Refuse --batch, --model, --val or --repa that do not fit the ranks or data of side x side."""
