@@ -573,181 +573,7 @@ def load_initial_weights(net, path):
     load_weights(net, state, path)
 
 # ----------------------------------------
-# What a run leaves in --out
-
-class Recorder:
-    """Keeps a run in --out: its checkpoints, its log, and its pictures."""
-
-    def __init__(self, args, losses, ema, optimizer, held_out, steps, rank, world, device):
-        self.args, self.losses, self.ema, self.held_out = args, losses, ema, held_out
-        self.steps, self.rank, self.world, self.device = steps, rank, world, device
-        self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
-        self.config = {name: value for name, value in vars(args).items() if name not in FREE}
-        self.config.update(losses.data.contents())
-        self.parts = dict(model=losses.net, ema=ema, projector=losses.projector, opt=optimizer)
-        self.decode = None
-        if not losses.data.pixels:
-            self.decode = VAE(args.vae or losses.data.vae).to(device).decode
-        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and each
-        # of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
-        T, D = losses.net.pos_embed.shape[1:]
-        views = 1 + bool(args.contrastive)
-        self.flops = 3 * views * len(ema.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
-        self.sums = {}  # of what is logged, since the last line
-
-    def resume(self):
-        """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
-        step, changes = load_checkpoint(self.out, self.config, self.parts)
-        if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints; it must be shared")
-        self.logged, self.since = step, time.time()
-        if self.rank > 0:
-            return step
-        # drop an unfinished last line, and what follows the checkpoint: it will be logged again
-        self.log.touch()
-        lines = self.log.read_text().splitlines(True)
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if changes:
-            print("changed:", ", ".join(changes))
-            lines.append(json.dumps(dict(step=step, changed=changes)) + "\n")
-        with atomic(self.log) as file:
-            file.write("".join(lines).encode())
-        if self.args.wandb:
-            import wandb
-            wandb.init(project="dispersive", dir=self.args.out, config=self.config)
-        return step
-
-    def add(self, terms, weight=1.0):
-        """Add {name: scalar tensor} to what the next log line averages. Does not wait for the GPU."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
-
-    def record(self, done, stopped_by):
-        """All that is due after `done` steps. The checkpoint is written last, so that a run killed
-        here repeats these steps, their log and their grid."""
-        def is_due(every):
-            return every and (done % every == 0 or done == self.steps)
-
-        args = self.args
-        log, sample = is_due(args.log_every), is_due(args.sample_every)
-        ckpt, snapshot = is_due(args.ckpt_every), is_due(args.snapshot_every)
-        if not (log or sample or ckpt or snapshot or stopped_by):
-            return
-        line = self.averages(done)  # on all ranks
-        if self.rank == 0:
-            if ckpt and args.val:
-                line["val"] = self.validate()
-            if sample:
-                self.draw_grid(self.out / "samples" / f"{done:07d}.png")
-                line.update(self.measure_blocks())
-            self.write_log(done, line)
-            if snapshot:
-                path = self.out / "snapshots" / f"{done:07d}.pt"
-                save(path, done, self.config, dict(ema=self.ema))
-            if ckpt or stopped_by:
-                before = self.out / "ckpt.prev.pt"
-                save(self.out / "ckpt.pt", done, self.config, self.parts, before)
-        self.sums, self.logged, self.since = {}, done, time.time()
-
-    def averages(self, done):
-        """{name: average over steps and ranks since the last line}, the floor and the speed."""
-        args, count = self.args, done - self.logged
-        values = torch.stack(list(self.sums.values())) / (self.world * count)
-        if self.world > 1:
-            dist.all_reduce(values)
-        line = dict(zip(self.sums, values.tolist()))  # waits for the device
-        if not np.isfinite(list(line.values())).all():
-            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or its gradient is not finite, and "
-                            "was not saved: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
-        if args.disp_blocks and not args.contrastive:
-            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
-        rate = count * args.batch / (time.time() - self.since)
-        line["images/s"] = rate  # of all ranks
-        line["TFLOP/s"] = rate * self.flops / self.world / 1e12  # of each
-        if self.device.type == "cuda":
-            line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-        return line
-
-    def validate(self):
-        """The EMA's regression loss on 2,048 held-out samples, 64 at a time."""
-        parts = self.held_out.spread(2048).reshape(-1, 64)
-        errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
-        return torch.cat(errors).mean().item()
-
-    def draw_grid(self, path):
-        """Write a grid of samples: 10 classes, 8 samples each, one class a row."""
-        data = self.losses.data
-        classes = np.unique(data.labels[data.rows])
-        classes = classes[np.linspace(0, len(classes) - 1, 10).round().astype(int)]
-        labels = torch.from_numpy(classes.repeat(8))
-        steps = 1 if self.losses.meanflow else 25
-        images = generate(self.ema, self.losses.objective, data.shape, labels, range(80), self.args.seed,
-                          self.device, self.args.dtype, self.decode, steps=steps)
-        save_grid(images, path)
-
-    def measure_blocks(self):
-        """{measure: [its value after each block]} of the EMA, over 64 samples."""
-        data, blocks = self.losses.data, range(1, len(self.ema.blocks) + 1)
-        _, activations = self.losses.evaluate(self.ema, data, data.spread(64), blocks)
-        activations = [z.float().cpu() for z in activations]
-        return dict(block_distance=[mean_distance(z).item() for z in activations],
-                    block_rank=[effective_rank(z).item() for z in activations],
-                    block_norm=[z.square().mean().item() for z in activations])
-
-    def write_log(self, done, line):
-        """Print a line, of a list the first, middle and last value; append all to log.jsonl."""
-        texts = []
-        for name, value in line.items():
-            if isinstance(value, list):
-                value = [value[0], value[len(value) // 2], value[-1]]
-            texts.append(f"{name} " + " ".join(f"{one:.4g}" for one in np.ravel(value)))
-        left = timedelta(seconds=int((self.steps - done) * self.args.batch / line["images/s"]))
-        print(f"step {done:,}/{self.steps:,}  {'  '.join(texts)}  left {left}", flush=True)
-        entry = dict(step=done, time=time.time(), lr=self.args.lr, **line)
-        with one_line_errors(self.log), open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        if self.args.wandb:
-            import wandb
-            wandb.log(line, step=done)
-
-def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
-    a run goes on from it."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with atomic(f"{path}.new") as file:
-        torch.save(dict(state, step=step, config=config), file)
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(f"{path}.new", path)
-
-def load_checkpoint(out, config, parts):
-    """Load the latest checkpoint, if any, into the parts -> its step, and the changed flags."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
-    if not paths:
-        return 0, []
-    path, older = (paths + ["the start"])[:2]
-    try:
-        state = load_file(path)
-    except UnreadableFile as error:
-        raise UserError(f"{error}; delete it to go on from {older}") from None
-    if not {"step", "config", *parts} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
-    changes = []
-    for name, now in config.items():
-        before = state["config"].get(name)
-        if before == now or name == "vae":  # the VAE may have been moved; the data are compared
-            continue
-        flag = "--" + name.replace("_", "-")
-        if name not in LOGGED:
-            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
-        changes.append(f"{flag} {before} -> {now}")
-    for name in ("model", "ema", "projector"):
-        load_weights(parts[name], state[name], path)
-    parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
-    return state["step"], changes
-
-# ----------------------------------------
-# The loop
+# The run
 
 def catch_signals():
     """From now on, only note Ctrl-C and SIGTERM; one that comes more than a second after the first ends
@@ -771,78 +597,243 @@ def from_all_ranks(value, world):
     dist.all_gather(values, torch.tensor([value]))
     return [int(each) for each in values]
 
-def train(args, data, held_out, rank, world, device):
-    """Train from the latest checkpoint in --out, if any, to the last step or a signal."""
-    # the model, its EMA and the optimiser
-    torch.manual_seed(args.seed)
-    if device.type == "cuda" and args.dtype == "bf16":
-        torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
-    losses = Losses(args, data, device).to(device)
-    net = losses.net
-    ema = copy.deepcopy(net).requires_grad_(False)
-    compile_blocks(net, args.compile, device)
-    weights = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
-    parallel = losses
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
+def save(path, step, config, parts, before=None):
+    """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
+    a run goes on from it."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with atomic(f"{path}.new") as file:
+        torch.save(dict(state, step=step, config=config), file)
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(f"{path}.new", path)
 
-    # the run, new or continued
-    steps_per_epoch = len(data.rows) / args.batch
-    steps = args.steps or max(1, round((args.epochs or 80) * steps_per_epoch))
-    recorder = Recorder(args, losses, ema, optimizer, held_out, steps, rank, world, device)
-    if rank == 0:
-        locked = lock(recorder.out)  # until this function returns
-    first = recorder.resume()
-    optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
-    if rank == 0:
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else device
-        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
-              f"{steps / steps_per_epoch:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of "
-              f"{args.batch}; {world} x {gpu}, {args.dtype}", flush=True)
-        if first >= steps:
-            print(f"the run is at step {first:,} of {steps:,} already: nothing is left to do")
+class Run:
+    """What is trained, the loop that trains it, and what that leaves in --out."""
 
-    # each rank takes its share of the batch, in passes of `micro` samples
-    per_rank, micro = args.batch // world, args.micro
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    todo = range(first, steps)
-    first_signal = catch_signals()
-    for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
-        # forward and backward, in passes whose gradients add up; nothing here waits for the device
-        for begin in range(0, per_rank, micro):
-            # DDP's switch: exchange gradients in the last pass alone; without DDP it has no effect
-            parallel.require_backward_grad_sync = begin + micro == per_rank
-            part = [tensor[begin:begin + micro] for tensor in batch]
-            total, terms = parallel(step, mine.start + begin, *part)
-            (total * micro / per_rank).backward()
-            recorder.add(terms, micro / per_rank)
+    def __init__(self, args, data, held_out, rank, world, device):
+        self.args, self.data, self.held_out = args, data, held_out
+        self.rank, self.world, self.device = rank, world, device
+        self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
+        steps_per_epoch = len(data.rows) / args.batch
+        self.steps = args.steps or max(1, round((args.epochs or 80) * steps_per_epoch))
 
-        # the gradient's norm, and clipping
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if args.grad_clip:
-            nn.utils.clip_grads_with_norm_(weights, args.grad_clip, norm)
-        recorder.add({"grad_norm": norm})
+        torch.manual_seed(args.seed)
+        if device.type == "cuda" and args.dtype == "bf16":
+            torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
+        self.losses = Losses(args, data, device).to(device)
+        self.net = self.losses.net
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        compile_blocks(self.net, args.compile, device)
+        self.weights = [p for p in self.losses.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
+        self.parallel = self.losses
+        if world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
+        self.decode = None
+        if not data.pixels:
+            self.decode = VAE(args.vae or data.vae).to(device).decode
 
-        optimizer.step()
-        optimizer.zero_grad()
+        # what a checkpoint holds
+        self.parts = dict(model=self.net, ema=self.ema, projector=self.losses.projector, opt=self.optimizer)
+        self.config = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.config.update(data.contents())
+        if rank == 0:
+            self.locked = lock(self.out)
+        self.sums = {}  # of what is logged, since the last line
+        self.logged, self.since = self.resume(), time.time()
+        if rank == 0:
+            gpu = torch.cuda.get_device_name() if device.type == "cuda" else device
+            print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {self.logged:,} to "
+                  f"{self.steps:,}: {self.steps / steps_per_epoch:.1f} epochs of {len(data.rows):,} images {data.shape} "
+                  f"in batches of {args.batch}; {world} x {gpu}, {args.dtype}", flush=True)
+            if self.logged >= self.steps:
+                print(f"the run is at step {self.logged:,} of {self.steps:,} already: nothing is left to do")
 
-        # EMA; its decay is warmed up, so that a short run's EMA forgets its start
-        decay = min(args.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    def resume(self):
+        """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
+        step, changes = self.load()
+        if len(set(from_all_ranks(step, self.world))) > 1:
+            raise UserError(f"--out {self.out}: the ranks find different checkpoints; it must be shared")
+        if self.rank > 0:
+            return step
+        # drop an unfinished last line, and what follows the checkpoint: it will be logged again
+        self.log.touch()
+        lines = self.log.read_text().splitlines(True)
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if changes:
+            print("changed:", ", ".join(changes))
+            lines.append(json.dumps(dict(step=step, changed=changes)) + "\n")
+        with atomic(self.log) as file:
+            file.write("".join(lines).encode())
+        if self.args.wandb:
+            import wandb
+            self.wandb = wandb.init(project="dispersive", dir=self.args.out, config=self.config)
+        return step
 
-        # log, sample, save; stopped_by: the signal that any rank got, or 0
-        stopped_by = max(from_all_ranks(first_signal(), world))
-        recorder.record(step + 1, stopped_by)
+    def load(self):
+        """Load the latest checkpoint, if any -> its step, and the flags that changed since."""
+        paths = [path for path in (self.out / "ckpt.pt", self.out / "ckpt.prev.pt") if path.exists()]
+        if not paths:
+            return 0, []
+        path, older = (paths + ["the start"])[:2]
+        try:
+            state = load_file(path)
+        except UnreadableFile as error:
+            raise UserError(f"{error}; delete it to go on from {older}") from None
+        if state.keys() != {"step", "config"} | self.parts.keys():
+            raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
+        changes = []
+        for name, now in self.config.items():
+            before = state["config"].get(name)
+            if before == now or name == "vae":  # the VAE may have been moved; the data are compared
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name not in LOGGED:
+                raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
+            changes.append(f"{flag} {before} -> {now}")
+        for name in ("model", "ema", "projector"):
+            load_weights(self.parts[name], state[name], path)
+        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
+        self.optimizer.param_groups[0].update(lr=self.args.lr, betas=(0.9, self.args.beta2))
+        return state["step"], changes
+
+    def train(self):
+        """Train to the last step, or until a signal comes to any rank."""
+        args, micro = self.args, self.args.micro
+        # each rank takes its share of the batch, in passes of `micro` samples
+        per_rank = args.batch // self.world
+        mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        todo = range(self.logged, self.steps)
+        first_signal = catch_signals()
+        for step, batch in zip(todo, batches(self.data, todo, args.batch, mine, args.seed, self.device)):
+            # forward and backward, in passes whose gradients add up; nothing here waits for the device
+            for begin in range(0, per_rank, micro):
+                # DDP's switch: exchange gradients in the last pass alone; without DDP it has no effect
+                self.parallel.require_backward_grad_sync = begin + micro == per_rank
+                part = [tensor[begin:begin + micro] for tensor in batch]
+                total, terms = self.parallel(step, mine.start + begin, *part)
+                (total * micro / per_rank).backward()
+                self.add(terms, micro / per_rank)
+
+            # the gradient's norm, and clipping
+            norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
+            if args.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.weights, args.grad_clip, norm)
+            self.add({"grad_norm": norm})
+
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+            # EMA; its decay is warmed up, so that a short run's EMA forgets its start
+            decay = min(args.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+
+            # log, sample, save; stopped_by: the signal that any rank got, or 0
+            stopped_by = max(from_all_ranks(first_signal(), self.world))
+            self.record(step + 1, stopped_by)
+            if stopped_by:
+                break
+        stopped_by = max(from_all_ranks(first_signal(), self.world))  # it may have come in the last record
         if stopped_by:
-            break
-    stopped_by = max(from_all_ranks(first_signal(), world))  # it may have come in the last record
-    if stopped_by and rank == 0:
-        name = signal.Signals(stopped_by).name
-        print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
-    if stopped_by:
-        sys.exit(128 + stopped_by)
+            if self.rank == 0:
+                name = signal.Signals(stopped_by).name
+                print(f"{name}: saved at step {self.logged:,}; the same command goes on")
+            sys.exit(128 + stopped_by)
+
+    def add(self, terms, weight=1.0):
+        """Add {name: scalar tensor} to what the next log line averages. Does not wait for the GPU."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
+
+    def record(self, done, stopped_by):
+        """All that is due after `done` steps. The checkpoint is written last, so that a run killed
+        here repeats these steps, their log and their grid."""
+        def is_due(every):
+            return every and (done % every == 0 or done == self.steps)
+
+        args = self.args
+        sample, snapshot = is_due(args.sample_every), is_due(args.snapshot_every)
+        ckpt = is_due(args.ckpt_every) or stopped_by
+        if not (is_due(args.log_every) or sample or snapshot or ckpt):
+            return
+        line = self.averages(done)  # on all ranks
+        if self.rank == 0:
+            if args.val and is_due(args.ckpt_every):
+                line["val"] = self.validate()
+            if sample:
+                self.draw_grid(self.out / "samples" / f"{done:07d}.png")
+                line.update(self.measure_blocks())
+            self.write_log(done, line)
+            if snapshot:
+                save(self.out / "snapshots" / f"{done:07d}.pt", done, self.config, dict(ema=self.ema))
+            if ckpt:
+                save(self.out / "ckpt.pt", done, self.config, self.parts, self.out / "ckpt.prev.pt")
+        self.sums, self.logged, self.since = {}, done, time.time()
+
+    def averages(self, done):
+        """{name: average over steps and ranks since the last line}, the floor and the speed."""
+        args, count = self.args, done - self.logged
+        values = torch.stack(list(self.sums.values())) / (self.world * count)
+        if self.world > 1:
+            dist.all_reduce(values)
+        line = dict(zip(self.sums, values.tolist()))  # waits for the device
+        if not np.isfinite(list(line.values())).all():
+            raise UserError(f"steps {self.logged + 1:,} to {done:,}: the loss or its gradient is not finite, and "
+                            "was not saved: go on with a smaller --lr, --grad-clip 1 or --dtype fp32")
+        if args.disp_blocks and not args.contrastive:
+            line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
+        rate = count * args.batch / (time.time() - self.since)
+        line["images/s"] = rate  # of all ranks
+        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and each
+        # of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
+        T, D = self.net.pos_embed.shape[1:]
+        views = 1 + bool(args.contrastive)
+        flops = 3 * views * len(self.net.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
+        line["TFLOP/s"] = rate * flops / self.world / 1e12  # of each rank
+        if self.device.type == "cuda":
+            line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+        return line
+
+    def validate(self):
+        """The EMA's regression loss on 2,048 held-out samples, 64 at a time."""
+        parts = self.held_out.spread(2048).reshape(-1, 64)
+        errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
+        return torch.cat(errors).mean().item()
+
+    def draw_grid(self, path):
+        """Write a grid of samples: 10 classes, 8 samples each, one class a row."""
+        classes = np.unique(self.data.labels[self.data.rows])
+        classes = classes[np.linspace(0, len(classes) - 1, 10).round().astype(int)]
+        labels = torch.from_numpy(classes.repeat(8))
+        steps = 1 if self.losses.meanflow else 25
+        images = generate(self.ema, self.losses.objective, self.data.shape, labels, range(80), self.args.seed,
+                          self.device, self.args.dtype, self.decode, steps=steps)
+        save_grid(images, path)
+
+    def measure_blocks(self):
+        """{measure: [its value after each block]} of the EMA, over 64 samples."""
+        blocks = range(1, len(self.ema.blocks) + 1)
+        _, activations = self.losses.evaluate(self.ema, self.data, self.data.spread(64), blocks)
+        activations = [z.float().cpu() for z in activations]
+        return dict(block_distance=[mean_distance(z).item() for z in activations],
+                    block_rank=[effective_rank(z).item() for z in activations],
+                    block_norm=[z.square().mean().item() for z in activations])
+
+    def write_log(self, done, line):
+        """Print a line, of a list the first, middle and last value; append all to log.jsonl."""
+        texts = []
+        for name, value in line.items():
+            if isinstance(value, list):
+                value = [value[0], value[len(value) // 2], value[-1]]
+            texts.append(f"{name} " + " ".join(f"{one:.4g}" for one in np.ravel(value)))
+        left = timedelta(seconds=int((self.steps - done) * self.args.batch / line["images/s"]))
+        print(f"step {done:,}/{self.steps:,}  {'  '.join(texts)}  left {left}", flush=True)
+        entry = dict(step=done, time=time.time(), lr=self.args.lr, **line)
+        with one_line_errors(self.log), open(self.log, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self.args.wandb:
+            self.wandb.log(line, step=done)
 
 def main(argv=None):
     args = parse(argv)
@@ -866,7 +857,7 @@ def main(argv=None):
     if args.label_dropout == 1:  # the null label, in grids and validation too
         data.labels[:] = len(data.classes)
         held_out.labels[:] = len(data.classes)
-    train(args, data, held_out, rank, world, device)
+    Run(args, data, held_out, rank, world, device).train()
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
 
