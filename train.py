@@ -14,7 +14,6 @@ import copy
 import fcntl
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -204,29 +203,14 @@ def demo_data(n=4000, size=16):
 
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
-    ready, ahead = None, None
+    ahead = []
     with ThreadPoolExecutor(1) as pool:
         for item in items:
-            ready, ahead = ahead, pool.submit(function, item)
-            if ready:
-                yield ready.result()
+            ahead.append(pool.submit(function, item))
+            if len(ahead) == 2:
+                yield ahead.pop(0).result()
         if ahead:
-            yield ahead.result()
-
-def load_crop(file, label, size):
-    """An image file -> (pixels (3, size, size) uint8, label); an unreadable one: (black, -1)."""
-    try:
-        return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), label
-    except UnreadableFile as error:
-        sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
-        return np.zeros((3, size, size), np.uint8), -1
-
-def encode_views(vae, images, device):
-    """Pixels (n, 3, H, H) -> float16 mean and std of the latents of the images and of their mirror
-    images, (n, 2, 8, H/8, H/8). A mirror image's latent is not the mirrored latent."""
-    x = torch.from_numpy(images).to(device).float() / 127.5 - 1
-    views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
-    return torch.stack(views, 1).half().cpu().numpy()
+            yield ahead.pop().result()
 
 def write_rows(path, first, rows):
     """Write to rows of an .npy. On a full disk this fails; mapped memory would kill the process."""
@@ -288,17 +272,24 @@ def cache_images(args, rank, world, device):
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
+        def read(i):
+            try:
+                return np.asarray(center_crop(read_image(files[i]), args.size)).transpose(2, 0, 1)
+            except UnreadableFile as error:
+                sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
+                labels[i] = -1
+                return np.zeros((3, args.size, args.size), np.uint8)
         def read_chunk(first):
-            some = slice(first, first + CHUNK)
-            images, found = zip(*pool.map(load_crop, files[some], labels[some], itertools.repeat(args.size)))
-            return first, np.stack(images), np.array(found)
-
+            rows = range(first, min(first + CHUNK, len(files)))
+            return np.stack(list(pool.map(read, rows)))
         # many threads read the next chunk while this one is encoded
-        for first, images, found in one_ahead(read_chunk, todo):
-            if vae is not None:
-                images = encode_views(vae, images, device)
+        for first, images in zip(todo, one_ahead(read_chunk, todo)):
+            if vae is not None:  # mean and std (n, 2, 8, H/8, H/8); a mirror image's is not the mirrored latent
+                x = torch.from_numpy(images).to(device).float() / 127.5 - 1
+                views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
+                images = torch.stack(views, 1).half().cpu().numpy()
             write_rows(target / "latents.npy", first, images)
-            write_rows(unfinished, first, found)
+            write_rows(unfinished, first, labels[first:first + CHUNK])
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
@@ -443,11 +434,10 @@ class Losses(nn.Module):
         super().__init__()
         self.args, self.data = args, data
         self.meanflow = args.objective == "meanflow"
+        options = {}
         if self.meanflow:
-            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
-                                      interval=args.meanflow_interval)
-        else:
-            self.objective = OBJECTIVES[args.objective]()
+            options = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=args.meanflow_interval)
+        self.objective = OBJECTIVES[args.objective](**options)
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
@@ -488,12 +478,11 @@ class Losses(nn.Module):
             t, r = torch.cat([t, t2]), torch.cat([r, t2])
 
         # the network: squared error per sample, and activations
-        options = {}
+        options = dict(blocks=self.captured)
         if self.meanflow:
             options["moving"] = self.objective.moving(n, position)
         with self.autocast:
-            error, activations = self.objective.loss(
-                self.net, x, y, t, noise, r, blocks=self.captured, **options)
+            error, activations = self.objective.loss(self.net, x, y, t, noise, r, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
         # L_objective, of the first view; MeanFlow minimises it weighted
