@@ -94,8 +94,7 @@ def parse(argv):
     flag("--repa-block", type=count, help="block to align; default: 8 for L and XL, else 4")
     flag("--meanflow-omega", type=amount, default=1.0, help="omega of its guidance (1)")
     flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="kappa, likewise (0)")
-    flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
-         help="the times that are guided (0 1)")
+    flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], help="guided times (0 1)")
     # output
     flag("--out", default="out", help="directory of the run, which is continued if it exists (out)")
     flag("--log-every", type=count, default=100, help="steps per log line (100; demo: 50)")
@@ -122,13 +121,13 @@ def complete(args):
     if args.beta2 is None:
         args.beta2 = 0.95 if meanflow else 0.999
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
-    every_block = [str(block) for block in range(1, depth + 1)]
+    known = [str(block) for block in range(1, depth + 1)]
     blocks = (args.disp_blocks or str(depth // 4)).split(",")
     if blocks == ["all"]:
-        blocks = every_block
+        blocks = known
+    if not set(blocks) <= set(known):
+        raise UserError(f"--disp-blocks {args.disp_blocks}: expected 'all', or numbers from 1 to {depth} such as 1,3")
     rules = [
-        (not set(blocks) <= set(every_block),
-         f"--disp-blocks {args.disp_blocks}: expected 'all', or numbers from 1 to {depth} such as 1,3"),
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
         (args.images and args.vae != "none" and args.size % 8, f"--size {args.size}: the VAE needs a multiple of 8"),
@@ -222,8 +221,8 @@ def write_rows(path, first, rows):
         file.flush()
         os.fsync(file.fileno())
 
-def begin_cache(target, meta, count, shape, dtype):
-    """Write meta.json, labels of `count` images that are not cached yet, last empty latents. If that
+def begin_cache(target, meta, shape, dtype):
+    """Write meta.json, labels of images that are not cached yet, and last the empty latents. If that
     was done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
@@ -231,11 +230,11 @@ def begin_cache(target, meta, count, shape, dtype):
             if before.get(name) != meta[name]:
                 raise UserError(f"--data {target}: was begun with other {name}; name another")
     elif not (target / "labels.npy").exists():
+        with atomic(target / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
         with one_line_errors(target):
-            with atomic(target / "meta.json") as file:
-                file.write(json.dumps(meta, indent=1).encode())
-            np.save(target / "labels.new.npy", np.full(count, -2))
-            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (count,) + shape)
+            np.save(target / "labels.new.npy", np.full(shape[0], -2))
+            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, shape)
             os.replace(target / "new.npy", target / "latents.npy")
 
 def cache_images(args, rank, world, device):
@@ -244,25 +243,25 @@ def cache_images(args, rank, world, device):
     Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so
     that an interrupted run knows where to go on. -1 is an unreadable image.
     """
-    folder, target = Path(args.images), Path(args.data)
+    folder, target, size = Path(args.images), Path(args.data), args.size
     unfinished, finished = target / "labels.new.npy", target / "labels.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders, found images without a class")
     names = [file.relative_to(folder) for file in files]
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
-    listing = zlib.crc32(os.fsencode("\n".join(str(name) for name in names)))
-    vae, sha256 = None, None
-    shape, dtype = (3, args.size, args.size), "uint8"
+    listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
+    meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=None, size=size,
+                images=f"{len(files)} ({listing:08x})")
+    vae = None
+    shape, dtype = (len(files), 3, size, size), "uint8"
     if args.vae != "none":
         vae = VAE(args.vae or "ema").to(device)
-        sha256 = fingerprint(vae)  # a path may come to hold other weights
-        shape, dtype = (2, 8, args.size // 8, args.size // 8), "float16"
+        meta["vae_sha256"] = fingerprint(vae)  # a path may come to hold other weights
+        shape, dtype = (len(files), 2, 8, size // 8, size // 8), "float16"
     if rank == 0:
         locked = lock(target)  # until this function returns
-        meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=sha256, size=args.size,
-                    images=f"{len(files)} ({listing:08x})")
-        begin_cache(target, meta, len(files), shape, dtype)
+        begin_cache(target, meta, shape, dtype)
     barrier()
     if finished.exists():
         return
@@ -272,22 +271,24 @@ def cache_images(args, rank, world, device):
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-        def read(i):
+        def load_crop(i):
             try:
-                return np.asarray(center_crop(read_image(files[i]), args.size)).transpose(2, 0, 1)
+                return np.asarray(center_crop(read_image(files[i]), size)).transpose(2, 0, 1)
             except UnreadableFile as error:
-                sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
+                sys.stderr.write(f"left out: {error}\n")  # in one piece: other threads write, too
                 labels[i] = -1
-                return np.zeros((3, args.size, args.size), np.uint8)
-        def read_chunk(first):
+                return np.zeros((3, size, size), np.uint8)
+
+        def load_chunk(first):
             rows = range(first, min(first + CHUNK, len(files)))
-            return np.stack(list(pool.map(read, rows)))
+            return np.stack(list(pool.map(load_crop, rows)))
+
         # many threads read the next chunk while this one is encoded
-        for first, images in zip(todo, one_ahead(read_chunk, todo)):
-            if vae is not None:  # mean and std (n, 2, 8, H/8, H/8); a mirror image's is not the mirrored latent
+        for first, images in zip(todo, one_ahead(load_chunk, todo)):
+            if vae is not None:  # a mirror image's latent is not the mirrored latent
                 x = torch.from_numpy(images).to(device).float() / 127.5 - 1
                 views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
-                images = torch.stack(views, 1).half().cpu().numpy()
+                images = torch.stack(views, 1).half().cpu().numpy()  # mean and std, (n, 2, 8, H/8, H/8)
             write_rows(target / "latents.npy", first, images)
             write_rows(unfinished, first, labels[first:first + CHUNK])
             progress.update(CHUNK * world)
@@ -307,10 +308,11 @@ class Data:
 
     def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
         self.images, self.labels, self.classes = images, labels, classes
-        self.vae, self.vae_sha256 = vae, vae_sha256  # its name or path, and the hash of its weights
+        self.vae = vae  # its name or path
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
         self.shape = (3 if self.pixels else 4,) + images.shape[-2:]
+        self.kind = (self.shape, classes, vae_sha256 or vae)  # held-out data must be of the same
         self.features = None
 
     @classmethod
@@ -328,11 +330,6 @@ class Data:
             raise UserError(f"{folder}: expected what --images makes, found latents.npy {images.dtype} "
                             f"{images.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
         return cls(images, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
-
-    def add_features(self, path):
-        self.features = open_array(path)
-        if len(self.features) != len(self.labels):
-            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {len(self.features)}")
 
     def contents(self):
         """What tells these data from others, for the config."""
@@ -568,12 +565,10 @@ def catch_signals():
     """From now on, only note Ctrl-C and SIGTERM; one that comes more than a second after the first ends
     the process at once. Returns a function that gives the first signal's number, or 0."""
     came = []  # (time, signal)
-
     def note(which, frame):
         came.append((time.monotonic(), which))
         if came[-1][0] - came[0][0] > 1:  # sooner, it may be torchrun that passes the first one on
             os._exit(128 + which)
-
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
     return lambda: came[0][1] if came else 0
@@ -582,9 +577,9 @@ def from_all_ranks(value, world):
     """[every rank's integer]. On the CPU, so that no GPU is waited for."""
     if world == 1:
         return [value]
-    values = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
-    dist.all_gather(values, torch.tensor([value]))
-    return [int(each) for each in values]
+    values = torch.zeros(world, dtype=torch.long)
+    dist.all_gather_into_tensor(values, torch.tensor([value]))
+    return values.tolist()
 
 def save(path, step, config, parts, before=None):
     """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
@@ -818,9 +813,8 @@ class Run:
             texts.append(f"{name} " + " ".join(f"{one:.4g}" for one in np.ravel(value)))
         left = timedelta(seconds=int((self.steps - done) * self.args.batch / line["images/s"]))
         print(f"step {done:,}/{self.steps:,}  {'  '.join(texts)}  left {left}", flush=True)
-        entry = dict(step=done, time=time.time(), lr=self.args.lr, **line)
         with one_line_errors(self.log), open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(dict(step=done, time=time.time(), lr=self.args.lr, **line)) + "\n")
         if self.args.wandb:
             self.wandb.log(line, step=done)
 
@@ -838,10 +832,11 @@ def main(argv=None):
     data = Data.open(args.data) if args.data else demo_data()
     check_data(args, world, data.shape[-1])
     if args.repa:
-        data.add_features(args.repa)
+        data.features = open_array(args.repa)
+        if len(data.features) != len(data.labels):
+            raise UserError(f"--repa {args.repa}: expected {len(data.labels)} rows, found {len(data.features)}")
     held_out = Data.open(args.val) if args.val else data
-    same_vae = (held_out.vae_sha256 or held_out.vae) == (data.vae_sha256 or data.vae)
-    if held_out.shape != data.shape or held_out.classes != data.classes or not same_vae:
+    if held_out.kind != data.kind:
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:  # the null label, in grids and validation too
         data.labels[:] = len(data.classes)
