@@ -159,14 +159,13 @@ def check_data(args, world, side):
         tokens = (side // patch) ** 2
         found = open_array(args.repa)
         if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens):
-            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), "
-                            f"found {found.dtype} {found.shape}")
+            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), found {found.dtype} {found.shape}")
 
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
 
 # The demo's shapes are stars: number of points, inner radius, rotation in turns, size of the hole.
-# Two points and inner radius 1 make a square. Each equals its mirror image, so that flips keep classes.
+# Two points and inner radius 1 make a square. Each equals its mirror image: flips keep classes.
 SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0),
           "frame": (2, 1, 1 / 8, 0.5), "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0),
           "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0), "spark": (4, 0.35, 0, 0),
@@ -239,10 +238,8 @@ def begin_cache(target, meta, shape, dtype):
 
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: meta.json, then latents.npy, last labels.npy.
-
     Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so
-    that an interrupted run knows where to go on. -1 is an unreadable image.
-    """
+    that an interrupted run knows where to go on. -1 is an unreadable image."""
     folder, target, size = Path(args.images), Path(args.data), args.size
     unfinished, finished = target / "labels.new.npy", target / "labels.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
@@ -271,18 +268,16 @@ def cache_images(args, rank, world, device):
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-        def load_crop(i):
+        def load_crop(i):  # pixels (3, size, size), black where the image is unreadable
             try:
                 return np.asarray(center_crop(read_image(files[i]), size)).transpose(2, 0, 1)
             except UnreadableFile as error:
                 sys.stderr.write(f"left out: {error}\n")  # in one piece: other threads write, too
                 labels[i] = -1
                 return np.zeros((3, size, size), np.uint8)
-
         def load_chunk(first):
             rows = range(first, min(first + CHUNK, len(files)))
             return np.stack(list(pool.map(load_crop, rows)))
-
         # many threads read the next chunk while this one is encoded
         for first, images in zip(todo, one_ahead(load_chunk, todo)):
             if vae is not None:  # a mirror image's latent is not the mirrored latent
@@ -300,11 +295,9 @@ def cache_images(args, rank, world, device):
     barrier()
 
 class Data:
-    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and
-    std of the image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
-
-    shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D).
-    """
+    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and std
+    of the image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
+    shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D)."""
 
     def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
         self.images, self.labels, self.classes = images, labels, classes
@@ -361,8 +354,8 @@ def checksum(array):
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
 def read_rows(array, rows):
-    """array[rows]. All rows are announced first: Linux then reads them in parallel, and nothing else,
-    which is many times as fast from a disk."""
+    """array[rows]. All rows are announced first: Linux then reads them in parallel and nothing else,
+    many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[0]
         with open(array.filename, "rb") as file:
@@ -389,7 +382,6 @@ def batches(data, steps, batch, mine, seed, device):
         entries = batch_entries(seed, step, batch, len(data.rows))
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
         return data.read(entries[mine], flips[mine])
-
     for tensors in one_ahead(read, steps):
         if device.type == "cuda":  # pinned memory is copied while the host goes on
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -448,11 +440,8 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def forward(self, step, position, images, labels, features=None):
-        """A part of the batch -> the total to minimise, a scalar, and what to log, {name: scalar}.
-
-        position: that of the part's first sample in the global batch of this step.
-        images, labels, features: as Data.read gives them.
-        """
+        """A part of the batch, as Data.read gives it, whose first sample is at `position` in the global
+        batch of this step -> the total to minimise, a scalar, and what to log, {name: scalar}."""
         args, n = self.args, len(images)
         draws = Draws(args.seed, step, args.batch, slice(position, position + n), images.device)
 
@@ -509,8 +498,8 @@ class Losses(nn.Module):
         return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": mean L_disp of the blocks}; for infonce and hinge without second view "distance",
-        the mean D of different samples. The first n activations are the first view."""
+        """{"disp": mean L_disp of the blocks}; for infonce and hinge without a second view, too,
+        "distance", the mean D of different samples. The first n activations are the first view."""
         kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
         group = self.args.disp_group
         losses, distances = [], []
@@ -549,8 +538,8 @@ def nearby_times(t, uniform):
     return (t + 999 * shift).clamp(0, 999).round().long()
 
 def load_initial_weights(net, path):
-    """Load a checkpoint's weights. The embeddings of labels and of MeanFlow's second time keep their
-    initialisation where it lacks them, or has them in another shape."""
+    """Load a checkpoint's weights. Where it lacks the embeddings of labels or of MeanFlow's second
+    time, or has them in another shape, they keep their initialisation."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -562,8 +551,8 @@ def load_initial_weights(net, path):
 # The run
 
 def catch_signals():
-    """From now on, only note Ctrl-C and SIGTERM; one that comes more than a second after the first ends
-    the process at once. Returns a function that gives the first signal's number, or 0."""
+    """From now on, only note Ctrl-C and SIGTERM; one that comes over a second after the first ends the
+    process at once. Returns a function that gives the first signal's number, or 0."""
     came = []  # (time, signal)
     def note(which, frame):
         came.append((time.monotonic(), which))
@@ -578,12 +567,12 @@ def from_all_ranks(value, world):
     if world == 1:
         return [value]
     values = torch.zeros(world, dtype=torch.long)
-    dist.all_gather_into_tensor(values, torch.tensor([value]))
+    dist.all_gather(list(values.split(1)), torch.tensor([value]))
     return values.tolist()
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
-    a run goes on from it."""
+    """Write a checkpoint. The one that `path` held becomes `before`: a run that is killed between the
+    two renames goes on from it."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic(f"{path}.new") as file:
         torch.save(dict(state, step=step, config=config), file)
@@ -598,48 +587,42 @@ class Run:
         self.args, self.data, self.held_out = args, data, held_out
         self.rank, self.world, self.device = rank, world, device
         self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
-        steps_per_epoch = len(data.rows) / args.batch
-        self.steps = args.steps or max(1, round((args.epochs or 80) * steps_per_epoch))
+        self.steps = args.steps or max(1, round((args.epochs or 80) * (len(data.rows) / args.batch)))
 
+        # the model, its EMA and the optimiser
         torch.manual_seed(args.seed)
         if device.type == "cuda" and args.dtype == "bf16":
-            torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
+            torch.set_float32_matmul_precision("high")  # TF32, for products of the dispersive loss
         self.losses = Losses(args, data, device).to(device)
         self.net = self.losses.net
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         compile_blocks(self.net, args.compile, device)
         self.weights = [p for p in self.losses.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
+        self.opt = torch.optim.AdamW(self.weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
         self.parallel = self.losses
         if world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
+
+        # what --out holds: the parts and flags in a checkpoint; what its log and pictures need
+        self.parts = dict(model=self.net, ema=self.ema, projector=self.losses.projector, opt=self.opt)
+        self.config = {name: value for name, value in vars(args).items() if name not in FREE}
+        self.config.update(data.contents())
         self.decode = None
         if not data.pixels:
             self.decode = VAE(args.vae or data.vae).to(device).decode
-
-        # what a checkpoint holds
-        self.parts = dict(model=self.net, ema=self.ema, projector=self.losses.projector, opt=self.optimizer)
-        self.config = {name: value for name, value in vars(args).items() if name not in FREE}
-        self.config.update(data.contents())
-        if rank == 0:
-            self.locked = lock(self.out)
         self.sums = {}  # of what is logged, since the last line
-        self.logged, self.since = self.resume(), time.time()
-        if rank == 0:
-            gpu = torch.cuda.get_device_name() if device.type == "cuda" else device
-            print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {self.logged:,} to "
-                  f"{self.steps:,}: {self.steps / steps_per_epoch:.1f} epochs of {len(data.rows):,} images {data.shape} "
-                  f"in batches of {args.batch}; {world} x {gpu}, {args.dtype}", flush=True)
-            if self.logged >= self.steps:
-                print(f"the run is at step {self.logged:,} of {self.steps:,} already: nothing is left to do")
 
     def resume(self):
-        """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
+        """Load the latest checkpoint, if any, begin or go on with the log, and say what will be done."""
+        args, data = self.args, self.data
+        if self.rank == 0:
+            self.locked = lock(self.out)  # as long as this object lives
         step, changes = self.load()
         if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints; it must be shared")
+            raise UserError(f"--out {args.out}: the ranks find different checkpoints; it must be shared")
+        self.logged, self.since = step, time.time()
         if self.rank > 0:
-            return step
+            return
         # drop an unfinished last line, and what follows the checkpoint: it will be logged again
         self.log.touch()
         lines = self.log.read_text().splitlines(True)
@@ -649,14 +632,20 @@ class Run:
             lines.append(json.dumps(dict(step=step, changed=changes)) + "\n")
         with atomic(self.log) as file:
             file.write("".join(lines).encode())
-        if self.args.wandb:
+        if args.wandb:
             import wandb
-            self.wandb = wandb.init(project="dispersive", dir=self.args.out, config=self.config)
-        return step
+            self.wandb = wandb.init(project="dispersive", dir=args.out, config=self.config)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {step:,} to {self.steps:,}: "
+              f"{self.steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images {data.shape} in "
+              f"batches of {args.batch}; {self.world} x {gpu}, {args.dtype}", flush=True)
+        if step >= self.steps:
+            print(f"the run is at step {step:,} of {self.steps:,} already: nothing is left to do")
 
     def load(self):
         """Load the latest checkpoint, if any -> its step, and the flags that changed since."""
-        paths = [path for path in (self.out / "ckpt.pt", self.out / "ckpt.prev.pt") if path.exists()]
+        paths = [self.out / "ckpt.pt", self.out / "ckpt.prev.pt"]
+        paths = [path for path in paths if path.exists()]
         if not paths:
             return 0, []
         path, older = (paths + ["the start"])[:2]
@@ -677,22 +666,23 @@ class Run:
             changes.append(f"{flag} {before} -> {now}")
         for name in ("model", "ema", "projector"):
             load_weights(self.parts[name], state[name], path)
-        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
-        self.optimizer.param_groups[0].update(lr=self.args.lr, betas=(0.9, self.args.beta2))
+        self.opt.load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
+        self.opt.param_groups[0].update(lr=self.args.lr, betas=(0.9, self.args.beta2))
         return state["step"], changes
 
     def train(self):
-        """Train to the last step, or until a signal comes to any rank."""
+        """Train from the latest checkpoint to the last step, or until a signal comes to any rank."""
         args, micro = self.args, self.args.micro
+        self.resume()
         # each rank takes its share of the batch, in passes of `micro` samples
         per_rank = args.batch // self.world
         mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
         todo = range(self.logged, self.steps)
         first_signal = catch_signals()
         for step, batch in zip(todo, batches(self.data, todo, args.batch, mine, args.seed, self.device)):
-            # forward and backward, in passes whose gradients add up; nothing here waits for the device
+            # forward and backward, in passes whose gradients add up; nothing waits for the device
             for begin in range(0, per_rank, micro):
-                # DDP's switch: exchange gradients in the last pass alone; without DDP it has no effect
+                # DDP's switch: exchange gradients in the last pass alone; else it has no effect
                 self.parallel.require_backward_grad_sync = begin + micro == per_rank
                 part = [tensor[begin:begin + micro] for tensor in batch]
                 total, terms = self.parallel(step, mine.start + begin, *part)
@@ -705,8 +695,8 @@ class Run:
                 nn.utils.clip_grads_with_norm_(self.weights, args.grad_clip, norm)
             self.add({"grad_norm": norm})
 
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.opt.step()
+            self.opt.zero_grad()
 
             # EMA; its decay is warmed up, so that a short run's EMA forgets its start
             decay = min(args.ema, (1 + step) / (10 + step))
@@ -726,7 +716,7 @@ class Run:
             sys.exit(128 + stopped_by)
 
     def add(self, terms, weight=1.0):
-        """Add {name: scalar tensor} to what the next log line averages. Does not wait for the GPU."""
+        """Add {name: scalar tensor} to what the next log line averages; waits for no GPU."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
 
@@ -735,7 +725,6 @@ class Run:
         here repeats these steps, their log and their grid."""
         def is_due(every):
             return every and (done % every == 0 or done == self.steps)
-
         args = self.args
         sample, snapshot = is_due(args.sample_every), is_due(args.snapshot_every)
         ckpt = is_due(args.ckpt_every) or stopped_by
@@ -769,8 +758,8 @@ class Run:
             line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
         rate = count * args.batch / (time.time() - self.since)
         line["images/s"] = rate  # of all ranks
-        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and each
-        # of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
+        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and
+        # each of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
         T, D = self.net.pos_embed.shape[1:]
         views = 1 + bool(args.contrastive)
         flops = 3 * views * len(self.net.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
