@@ -159,7 +159,8 @@ def check_data(args, world, side):
         tokens = (side // patch) ** 2
         found = open_array(args.repa)
         if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens):
-            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), found {found.dtype} {found.shape}")
+            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), "
+                            f"found {found.dtype} {found.shape}")
 
 # ----------------------------------------
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
@@ -221,8 +222,8 @@ def write_rows(path, first, rows):
         os.fsync(file.fileno())
 
 def begin_cache(target, meta, shape, dtype):
-    """Write meta.json, labels of images that are not cached yet, and last the empty latents. If that
-    was done before, refuse to go on with other images or flags."""
+    """Write meta.json, labels of images that are not cached yet, and last empty latents. If that was
+    done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
         for name in ("classes", "size", "images", "vae_sha256"):
@@ -295,8 +296,8 @@ def cache_images(args, rank, world, device):
     barrier()
 
 class Data:
-    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and std
-    of the image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
+    """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and
+    std of an image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
     shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D)."""
 
     def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
@@ -354,8 +355,8 @@ def checksum(array):
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
 def read_rows(array, rows):
-    """array[rows]. All rows are announced first: Linux then reads them in parallel and nothing else,
-    many times as fast from a disk."""
+    """array[rows]. All rows are announced first: Linux then reads them in parallel and nothing
+    else, many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[0]
         with open(array.filename, "rb") as file:
@@ -440,7 +441,7 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def forward(self, step, position, images, labels, features=None):
-        """A part of the batch, as Data.read gives it, whose first sample is at `position` in the global
+        """A part of the batch, as Data.read gives it, whose first sample is at `position` of the global
         batch of this step -> the total to minimise, a scalar, and what to log, {name: scalar}."""
         args, n = self.args, len(images)
         draws = Draws(args.seed, step, args.batch, slice(position, position + n), images.device)
@@ -551,8 +552,8 @@ def load_initial_weights(net, path):
 # The run
 
 def catch_signals():
-    """From now on, only note Ctrl-C and SIGTERM; one that comes over a second after the first ends the
-    process at once. Returns a function that gives the first signal's number, or 0."""
+    """From now on, only note Ctrl-C and SIGTERM; one that comes over a second after the first ends
+    the process at once. Returns a function that gives the first signal's number, or 0."""
     came = []  # (time, signal)
     def note(which, frame):
         came.append((time.monotonic(), which))
@@ -571,8 +572,8 @@ def from_all_ranks(value, world):
     return values.tolist()
 
 def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`: a run that is killed between the
-    two renames goes on from it."""
+    """Write a checkpoint. The one that `path` held becomes `before`: a run that is killed between
+    the two renames goes on from it."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with atomic(f"{path}.new") as file:
         torch.save(dict(state, step=step, config=config), file)
@@ -613,7 +614,7 @@ class Run:
         self.sums = {}  # of what is logged, since the last line
 
     def resume(self):
-        """Load the latest checkpoint, if any, begin or go on with the log, and say what will be done."""
+        """Load the latest checkpoint, if any, begin or go on with the log, and print what is to do."""
         args, data = self.args, self.data
         if self.rank == 0:
             self.locked = lock(self.out)  # as long as this object lives
@@ -671,7 +672,7 @@ class Run:
         return state["step"], changes
 
     def train(self):
-        """Train from the latest checkpoint to the last step, or until a signal comes to any rank."""
+        """Train from the latest checkpoint to the last step, or until any rank gets a signal."""
         args, micro = self.args, self.args.micro
         self.resume()
         # each rank takes its share of the batch, in passes of `micro` samples
