@@ -991,7 +991,7 @@ def killed_between_the_renames():
     os.replace = deadly
 
 def killed_before_the_picture():
-    train.Recorder.draw_grid = lambda *args: send(signal.SIGKILL)
+    train.Run.draw_grid = lambda *args: send(signal.SIGKILL)
 
 def sick():
     """The gradient of the dispersive loss, though not its value, is not finite in the next call."""

@@ -14,7 +14,6 @@ import copy
 import fcntl
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -95,8 +94,7 @@ def parse(argv):
     flag("--repa-block", type=count, help="block to align; default: 8 for L and XL, else 4")
     flag("--meanflow-omega", type=amount, default=1.0, help="omega of its guidance (1)")
     flag("--meanflow-kappa", type=number(float, 0, 0.999), default=0.0, help="kappa, likewise (0)")
-    flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], metavar=("FROM", "TO"),
-         help="the times that are guided (0 1)")
+    flag("--meanflow-interval", type=share, nargs=2, default=[0.0, 1.0], help="guided times (0 1)")
     # output
     flag("--out", default="out", help="directory of the run, which is continued if it exists (out)")
     flag("--log-every", type=count, default=100, help="steps per log line (100; demo: 50)")
@@ -118,12 +116,17 @@ def complete(args):
     """Fill in what depends on other flags, and refuse what does not go together."""
     depth = MODELS[args.model]["depth"]
     args.objective = args.objective or DEFAULT_OBJECTIVE[args.model[:3]]
+    args.repa_block = args.repa_block or (8 if "L/" in args.model else 4)  # L and XL
     meanflow = args.objective == "meanflow"
     if args.beta2 is None:
         args.beta2 = 0.95 if meanflow else 0.999
-    if args.repa_block is None:
-        args.repa_block = 8 if "L/" in args.model else 4  # L and XL
     guided = args.meanflow_omega != 1 or args.meanflow_kappa != 0
+    known = [str(block) for block in range(1, depth + 1)]
+    blocks = (args.disp_blocks or str(depth // 4)).split(",")
+    if blocks == ["all"]:
+        blocks = known
+    if not set(blocks) <= set(known):
+        raise UserError(f"--disp-blocks {args.disp_blocks}: expected 'all', or numbers from 1 to {depth} such as 1,3")
     rules = [
         (args.images and not args.data, "--images FOLDER needs --data DIR, where the arrays go"),
         (args.cache_only and not args.images, "--cache-only needs --images"),
@@ -136,17 +139,9 @@ def complete(args):
     for broken, message in rules:
         if broken:
             raise UserError(message)
-    args.disp_blocks = parse_blocks(args.disp_blocks or str(depth // 4), depth)
+    args.disp_blocks = sorted(int(block) for block in set(blocks))
     if args.disp == "none":
         args.disp_blocks = []
-
-def parse_blocks(text, depth):
-    """--disp-blocks -> sorted numbers of blocks."""
-    known = [str(block) for block in range(1, depth + 1)]
-    chosen = set(known if text == "all" else text.split(","))
-    if not chosen <= set(known):
-        raise UserError(f"--disp-blocks {text}: expected 'all', or numbers from 1 to {depth} such as 1,3")
-    return sorted(int(block) for block in chosen)
 
 def check_data(args, world, side):
     """Refuse --batch, --model, --val or --repa that do not fit the ranks or data of side x side."""
@@ -171,7 +166,7 @@ def check_data(args, world, side):
 # Data: a demo that is drawn, a folder of images that is cached, the batches that training reads
 
 # The demo's shapes are stars: number of points, inner radius, rotation in turns, size of the hole.
-# Two points and inner radius 1 make a square. Each equals its mirror image, so that flips keep classes.
+# Two points and inner radius 1 make a square. Each equals its mirror image: flips keep classes.
 SHAPES = {"disc": (32, 1, 0, 0), "ring": (32, 1, 0, 0.5), "square": (2, 1, 1 / 8, 0),
           "frame": (2, 1, 1 / 8, 0.5), "triangle": (3, 0.5, 0, 0), "nabla": (3, 0.5, 1 / 2, 0),
           "diamond": (2, 0.6, 0, 0), "star": (5, 0.4, 0, 0), "spark": (4, 0.35, 0, 0),
@@ -207,29 +202,14 @@ def demo_data(n=4000, size=16):
 
 def one_ahead(function, items):
     """Yield function(item) for every item, while a thread works on the next one."""
-    ready, ahead = None, None
+    ahead = []
     with ThreadPoolExecutor(1) as pool:
         for item in items:
-            ready, ahead = ahead, pool.submit(function, item)
-            if ready:
-                yield ready.result()
+            ahead.append(pool.submit(function, item))
+            if len(ahead) == 2:
+                yield ahead.pop(0).result()
         if ahead:
-            yield ahead.result()
-
-def load_crop(file, label, size):
-    """An image file -> (pixels (3, size, size) uint8, label); an unreadable one: (black, -1)."""
-    try:
-        return np.asarray(center_crop(read_image(file), size)).transpose(2, 0, 1), label
-    except UnreadableFile as error:
-        sys.stderr.write(f"left out: {error}\n")  # in one piece, since this is one of many threads
-        return np.zeros((3, size, size), np.uint8), -1
-
-def encode_views(vae, images, device):
-    """Pixels (n, 3, H, H) -> float16 mean and std of the latents of the images and of their mirror
-    images, (n, 2, 8, H/8, H/8). A mirror image's latent is not the mirrored latent."""
-    x = torch.from_numpy(images).to(device).float() / 127.5 - 1
-    views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
-    return torch.stack(views, 1).half().cpu().numpy()
+            yield ahead.pop().result()
 
 def write_rows(path, first, rows):
     """Write to rows of an .npy. On a full disk this fails; mapped memory would kill the process."""
@@ -241,47 +221,45 @@ def write_rows(path, first, rows):
         file.flush()
         os.fsync(file.fileno())
 
-def begin_cache(target, meta, count, shape, dtype):
-    """Write meta.json, labels of `count` images that are not cached yet, last empty latents. If that
-    was done before, refuse to go on with other images or flags."""
+def begin_cache(target, meta, shape, dtype):
+    """Write meta.json, labels of images that are not cached yet, and last empty latents. If that was
+    done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
         for name in ("classes", "size", "images", "vae_sha256"):
             if before.get(name) != meta[name]:
                 raise UserError(f"--data {target}: was begun with other {name}; name another")
     elif not (target / "labels.npy").exists():
+        with atomic(target / "meta.json") as file:
+            file.write(json.dumps(meta, indent=1).encode())
         with one_line_errors(target):
-            with atomic(target / "meta.json") as file:
-                file.write(json.dumps(meta, indent=1).encode())
-            np.save(target / "labels.new.npy", np.full(count, -2))
-            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, (count,) + shape)
+            np.save(target / "labels.new.npy", np.full(shape[0], -2))
+            np.lib.format.open_memmap(target / "new.npy", "w+", dtype, shape)
             os.replace(target / "new.npy", target / "latents.npy")
 
 def cache_images(args, rank, world, device):
     """Turn --images into the arrays of --data: meta.json, then latents.npy, last labels.npy.
-
     Until all is cached, the labels are in labels.new.npy, -2 where an image is not cached yet, so
-    that an interrupted run knows where to go on. -1 is an unreadable image.
-    """
-    folder, target = Path(args.images), Path(args.data)
+    that an interrupted run knows where to go on. -1 is an unreadable image."""
+    folder, target, size = Path(args.images), Path(args.data), args.size
     unfinished, finished = target / "labels.new.npy", target / "labels.npy"
     files = [file for file in list_images(folder) if file.parent != folder]
     if not files:
         raise UserError(f"--images {folder}: expected class folders, found images without a class")
     names = [file.relative_to(folder) for file in files]
     classes, labels = np.unique([name.parts[0] for name in names], return_inverse=True)
-    listing = zlib.crc32(os.fsencode("\n".join(str(name) for name in names)))
-    vae, sha256 = None, None
-    shape, dtype = (3, args.size, args.size), "uint8"
+    listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
+    meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=None, size=size,
+                images=f"{len(files)} ({listing:08x})")
+    vae = None
+    shape, dtype = (len(files), 3, size, size), "uint8"
     if args.vae != "none":
         vae = VAE(args.vae or "ema").to(device)
-        sha256 = fingerprint(vae)  # a path may come to hold other weights
-        shape, dtype = (2, 8, args.size // 8, args.size // 8), "float16"
+        meta["vae_sha256"] = fingerprint(vae)  # a path may come to hold other weights
+        shape, dtype = (len(files), 2, 8, size // 8, size // 8), "float16"
     if rank == 0:
         locked = lock(target)  # until this function returns
-        meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=sha256, size=args.size,
-                    images=f"{len(files)} ({listing:08x})")
-        begin_cache(target, meta, len(files), shape, dtype)
+        begin_cache(target, meta, shape, dtype)
     barrier()
     if finished.exists():
         return
@@ -291,17 +269,24 @@ def cache_images(args, rank, world, device):
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-        def read_chunk(first):
-            some = slice(first, first + CHUNK)
-            images, found = zip(*pool.map(load_crop, files[some], labels[some], itertools.repeat(args.size)))
-            return first, np.stack(images), np.array(found)
-
+        def load_crop(i):  # pixels (3, size, size), black where the image is unreadable
+            try:
+                return np.asarray(center_crop(read_image(files[i]), size)).transpose(2, 0, 1)
+            except UnreadableFile as error:
+                sys.stderr.write(f"left out: {error}\n")  # in one piece: other threads write, too
+                labels[i] = -1
+                return np.zeros((3, size, size), np.uint8)
+        def load_chunk(first):
+            rows = range(first, min(first + CHUNK, len(files)))
+            return np.stack(list(pool.map(load_crop, rows)))
         # many threads read the next chunk while this one is encoded
-        for first, images, found in one_ahead(read_chunk, todo):
-            if vae is not None:
-                images = encode_views(vae, images, device)
+        for first, images in zip(todo, one_ahead(load_chunk, todo)):
+            if vae is not None:  # a mirror image's latent is not the mirrored latent
+                x = torch.from_numpy(images).to(device).float() / 127.5 - 1
+                views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
+                images = torch.stack(views, 1).half().cpu().numpy()  # mean and std, (n, 2, 8, H/8, H/8)
             write_rows(target / "latents.npy", first, images)
-            write_rows(unfinished, first, found)
+            write_rows(unfinished, first, labels[first:first + CHUNK])
             progress.update(CHUNK * world)
     barrier()
     if rank == 0:
@@ -312,17 +297,16 @@ def cache_images(args, rank, world, device):
 
 class Data:
     """Memory-mapped samples: uint8 pixels (N, 3, H, H), or float16 latents (N, 2, 8, H, H), mean and
-    std of the image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
-
-    shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D).
-    """
+    std of an image and of its mirror image. Entry i is row rows[i]; a label of -1 is left out.
+    shape: that of a sample, (3 or 4, H, H). features: an encoder's, for REPA, (N, 2, tokens, D)."""
 
     def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
         self.images, self.labels, self.classes = images, labels, classes
-        self.vae, self.vae_sha256 = vae, vae_sha256  # its name or path, and the hash of its weights
+        self.vae = vae  # its name or path
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
         self.shape = (3 if self.pixels else 4,) + images.shape[-2:]
+        self.kind = (self.shape, classes, vae_sha256 or vae)  # held-out data must be of the same
         self.features = None
 
     @classmethod
@@ -340,11 +324,6 @@ class Data:
             raise UserError(f"{folder}: expected what --images makes, found latents.npy {images.dtype} "
                             f"{images.shape}, labels.npy {labels.dtype} {labels.shape}, meta.json {str(meta):.200}")
         return cls(images, labels.astype(np.int64), classes, vae, meta.get("vae_sha256"))
-
-    def add_features(self, path):
-        self.features = open_array(path)
-        if len(self.features) != len(self.labels):
-            raise UserError(f"--repa {path}: expected {len(self.labels)} rows, found {len(self.features)}")
 
     def contents(self):
         """What tells these data from others, for the config."""
@@ -376,8 +355,8 @@ def checksum(array):
     return zlib.crc32(array[::max(1, len(array) // 64)].tobytes())
 
 def read_rows(array, rows):
-    """array[rows]. All rows are announced first: Linux then reads them in parallel, and nothing else,
-    which is many times as fast from a disk."""
+    """array[rows]. All rows are announced first: Linux then reads them in parallel and nothing
+    else, many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[0]
         with open(array.filename, "rb") as file:
@@ -404,7 +383,6 @@ def batches(data, steps, batch, mine, seed, device):
         entries = batch_entries(seed, step, batch, len(data.rows))
         flips = np.random.default_rng([seed, step, zlib.crc32(b"flip")]).random(batch) < 0.5
         return data.read(entries[mine], flips[mine])
-
     for tensors in one_ahead(read, steps):
         if device.type == "cuda":  # pinned memory is copied while the host goes on
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -446,11 +424,10 @@ class Losses(nn.Module):
         super().__init__()
         self.args, self.data = args, data
         self.meanflow = args.objective == "meanflow"
+        options = {}
         if self.meanflow:
-            self.objective = MeanFlow(omega=args.meanflow_omega, kappa=args.meanflow_kappa,
-                                      interval=args.meanflow_interval)
-        else:
-            self.objective = OBJECTIVES[args.objective]()
+            options = dict(omega=args.meanflow_omega, kappa=args.meanflow_kappa, interval=args.meanflow_interval)
+        self.objective = OBJECTIVES[args.objective](**options)
         self.net = build_model(args.model, input_size=data.shape[-1], in_channels=data.shape[0],
                                num_classes=len(data.classes), class_dropout_prob=args.label_dropout,
                                second_time=self.meanflow)
@@ -464,11 +441,8 @@ class Losses(nn.Module):
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     def forward(self, step, position, images, labels, features=None):
-        """A part of the batch -> the total to minimise, a scalar, and what to log, {name: scalar}.
-
-        position: that of the part's first sample in the global batch of this step.
-        images, labels, features: as Data.read gives them.
-        """
+        """A part of the batch, as Data.read gives it, whose first sample is at `position` of the global
+        batch of this step -> the total to minimise, a scalar, and what to log, {name: scalar}."""
         args, n = self.args, len(images)
         draws = Draws(args.seed, step, args.batch, slice(position, position + n), images.device)
 
@@ -491,12 +465,11 @@ class Losses(nn.Module):
             t, r = torch.cat([t, t2]), torch.cat([r, t2])
 
         # the network: squared error per sample, and activations
-        options = {}
+        options = dict(blocks=self.captured)
         if self.meanflow:
             options["moving"] = self.objective.moving(n, position)
         with self.autocast:
-            error, activations = self.objective.loss(
-                self.net, x, y, t, noise, r, blocks=self.captured, **options)
+            error, activations = self.objective.loss(self.net, x, y, t, noise, r, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
         # L_objective, of the first view; MeanFlow minimises it weighted
@@ -526,8 +499,8 @@ class Losses(nn.Module):
         return mean + std * draws.normal(purpose, self.data.shape)
 
     def dispersion(self, activations, n):
-        """{"disp": mean L_disp of the blocks}; for infonce and hinge without second view "distance",
-        the mean D of different samples. The first n activations are the first view."""
+        """{"disp": mean L_disp of the blocks}; for infonce and hinge without a second view, too,
+        "distance", the mean D of different samples. The first n activations are the first view."""
         kind, tau, margin = self.args.disp, self.args.disp_tau, self.args.disp_margin
         group = self.args.disp_group
         losses, distances = [], []
@@ -566,8 +539,8 @@ def nearby_times(t, uniform):
     return (t + 999 * shift).clamp(0, 999).round().long()
 
 def load_initial_weights(net, path):
-    """Load a checkpoint's weights. The embeddings of labels and of MeanFlow's second time keep their
-    initialisation where it lacks them, or has them in another shape."""
+    """Load a checkpoint's weights. Where it lacks the embeddings of labels or of MeanFlow's second
+    time, or has them in another shape, they keep their initialisation."""
     state = weights_in(load_file(path))
     for name, tensor in net.state_dict().items():
         misfit = name not in state or state[name].shape != tensor.shape
@@ -576,36 +549,81 @@ def load_initial_weights(net, path):
     load_weights(net, state, path)
 
 # ----------------------------------------
-# What a run leaves in --out
+# The run
 
-class Recorder:
-    """Keeps a run in --out: its checkpoints, its log, and its pictures."""
+def catch_signals():
+    """From now on, only note Ctrl-C and SIGTERM; one that comes over a second after the first ends
+    the process at once. Returns a function that gives the first signal's number, or 0."""
+    came = []  # (time, signal)
+    def note(which, frame):
+        came.append((time.monotonic(), which))
+        if came[-1][0] - came[0][0] > 1:  # sooner, it may be torchrun that passes the first one on
+            os._exit(128 + which)
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return lambda: came[0][1] if came else 0
 
-    def __init__(self, args, losses, ema, optimizer, held_out, steps, rank, world, device):
-        self.args, self.losses, self.ema, self.held_out = args, losses, ema, held_out
-        self.steps, self.rank, self.world, self.device = steps, rank, world, device
+def from_all_ranks(value, world):
+    """[every rank's integer]. On the CPU, so that no GPU is waited for."""
+    if world == 1:
+        return [value]
+    values = torch.zeros(world, dtype=torch.long)
+    dist.all_gather(list(values.split(1)), torch.tensor([value]))
+    return values.tolist()
+
+def save(path, step, config, parts, before=None):
+    """Write a checkpoint. The one that `path` held becomes `before`: a run that is killed between
+    the two renames goes on from it."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with atomic(f"{path}.new") as file:
+        torch.save(dict(state, step=step, config=config), file)
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(f"{path}.new", path)
+
+class Run:
+    """What is trained, the loop that trains it, and what that leaves in --out."""
+
+    def __init__(self, args, data, held_out, rank, world, device):
+        self.args, self.data, self.held_out = args, data, held_out
+        self.rank, self.world, self.device = rank, world, device
         self.out, self.log = Path(args.out), Path(args.out, "log.jsonl")
+        self.steps = args.steps or max(1, round((args.epochs or 80) * (len(data.rows) / args.batch)))
+
+        # the model, its EMA and the optimiser
+        torch.manual_seed(args.seed)
+        if device.type == "cuda" and args.dtype == "bf16":
+            torch.set_float32_matmul_precision("high")  # TF32, for products of the dispersive loss
+        self.losses = Losses(args, data, device).to(device)
+        self.net = self.losses.net
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        compile_blocks(self.net, args.compile, device)
+        self.weights = [p for p in self.losses.parameters() if p.requires_grad]
+        self.opt = torch.optim.AdamW(self.weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
+        self.parallel = self.losses
+        if world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
+
+        # what --out holds: the parts and flags in a checkpoint; what its log and pictures need
+        self.parts = dict(model=self.net, ema=self.ema, projector=self.losses.projector, opt=self.opt)
         self.config = {name: value for name, value in vars(args).items() if name not in FREE}
-        self.config.update(losses.data.contents())
-        self.parts = dict(model=losses.net, ema=ema, projector=losses.projector, opt=optimizer)
+        self.config.update(data.contents())
         self.decode = None
-        if not losses.data.pixels:
-            self.decode = VAE(args.vae or losses.data.vae).to(device).decode
-        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and each
-        # of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
-        T, D = losses.net.pos_embed.shape[1:]
-        views = 1 + bool(args.contrastive)
-        self.flops = 3 * views * len(ema.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
+        if not data.pixels:
+            self.decode = VAE(args.vae or data.vae).to(device).decode
         self.sums = {}  # of what is logged, since the last line
 
     def resume(self):
-        """Load the latest checkpoint, if any, and begin or go on with the log -> its step."""
-        step, changes = load_checkpoint(self.out, self.config, self.parts)
+        """Load the latest checkpoint, if any, begin or go on with the log, and print what is to do."""
+        args, data = self.args, self.data
+        if self.rank == 0:
+            self.locked = lock(self.out)  # as long as this object lives
+        step, changes = self.load()
         if len(set(from_all_ranks(step, self.world))) > 1:
-            raise UserError(f"--out {self.out}: the ranks find different checkpoints; it must be shared")
+            raise UserError(f"--out {args.out}: the ranks find different checkpoints; it must be shared")
         self.logged, self.since = step, time.time()
         if self.rank > 0:
-            return step
+            return
         # drop an unfinished last line, and what follows the checkpoint: it will be logged again
         self.log.touch()
         lines = self.log.read_text().splitlines(True)
@@ -615,13 +633,91 @@ class Recorder:
             lines.append(json.dumps(dict(step=step, changed=changes)) + "\n")
         with atomic(self.log) as file:
             file.write("".join(lines).encode())
-        if self.args.wandb:
+        if args.wandb:
             import wandb
-            wandb.init(project="dispersive", dir=self.args.out, config=self.config)
-        return step
+            self.wandb = wandb.init(project="dispersive", dir=args.out, config=self.config)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device
+        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {step:,} to {self.steps:,}: "
+              f"{self.steps * args.batch / len(data.rows):.1f} epochs of {len(data.rows):,} images {data.shape} in "
+              f"batches of {args.batch}; {self.world} x {gpu}, {args.dtype}", flush=True)
+        if step >= self.steps:
+            print(f"the run is at step {step:,} of {self.steps:,} already: nothing is left to do")
+
+    def load(self):
+        """Load the latest checkpoint, if any -> its step, and the flags that changed since."""
+        paths = [self.out / "ckpt.pt", self.out / "ckpt.prev.pt"]
+        paths = [path for path in paths if path.exists()]
+        if not paths:
+            return 0, []
+        path, older = (paths + ["the start"])[:2]
+        try:
+            state = load_file(path)
+        except UnreadableFile as error:
+            raise UserError(f"{error}; delete it to go on from {older}") from None
+        if state.keys() != {"step", "config"} | self.parts.keys():
+            raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
+        changes = []
+        for name, now in self.config.items():
+            before = state["config"].get(name)
+            if before == now or name == "vae":  # the VAE may have been moved; the data are compared
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name not in LOGGED:
+                raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
+            changes.append(f"{flag} {before} -> {now}")
+        for name in ("model", "ema", "projector"):
+            load_weights(self.parts[name], state[name], path)
+        self.opt.load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
+        self.opt.param_groups[0].update(lr=self.args.lr, betas=(0.9, self.args.beta2))
+        return state["step"], changes
+
+    def train(self):
+        """Train from the latest checkpoint to the last step, or until any rank gets a signal."""
+        args, micro = self.args, self.args.micro
+        self.resume()
+        # each rank takes its share of the batch, in passes of `micro` samples
+        per_rank = args.batch // self.world
+        mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
+        todo = range(self.logged, self.steps)
+        first_signal = catch_signals()
+        for step, batch in zip(todo, batches(self.data, todo, args.batch, mine, args.seed, self.device)):
+            # forward and backward, in passes whose gradients add up; nothing waits for the device
+            for begin in range(0, per_rank, micro):
+                # DDP's switch: exchange gradients in the last pass alone; else it has no effect
+                self.parallel.require_backward_grad_sync = begin + micro == per_rank
+                part = [tensor[begin:begin + micro] for tensor in batch]
+                total, terms = self.parallel(step, mine.start + begin, *part)
+                (total * micro / per_rank).backward()
+                self.add(terms, micro / per_rank)
+
+            # the gradient's norm, and clipping
+            norm = nn.utils.get_total_norm([p.grad for p in self.weights if p.grad is not None])
+            if args.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.weights, args.grad_clip, norm)
+            self.add({"grad_norm": norm})
+
+            self.opt.step()
+            self.opt.zero_grad()
+
+            # EMA; its decay is warmed up, so that a short run's EMA forgets its start
+            decay = min(args.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
+
+            # log, sample, save; stopped_by: the signal that any rank got, or 0
+            stopped_by = max(from_all_ranks(first_signal(), self.world))
+            self.record(step + 1, stopped_by)
+            if stopped_by:
+                break
+        stopped_by = max(from_all_ranks(first_signal(), self.world))  # it may have come in the last record
+        if stopped_by:
+            if self.rank == 0:
+                name = signal.Signals(stopped_by).name
+                print(f"{name}: saved at step {self.logged:,}; the same command goes on")
+            sys.exit(128 + stopped_by)
 
     def add(self, terms, weight=1.0):
-        """Add {name: scalar tensor} to what the next log line averages. Does not wait for the GPU."""
+        """Add {name: scalar tensor} to what the next log line averages; waits for no GPU."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach() * weight
 
@@ -630,26 +726,23 @@ class Recorder:
         here repeats these steps, their log and their grid."""
         def is_due(every):
             return every and (done % every == 0 or done == self.steps)
-
         args = self.args
-        log, sample = is_due(args.log_every), is_due(args.sample_every)
-        ckpt, snapshot = is_due(args.ckpt_every), is_due(args.snapshot_every)
-        if not (log or sample or ckpt or snapshot or stopped_by):
+        sample, snapshot = is_due(args.sample_every), is_due(args.snapshot_every)
+        ckpt = is_due(args.ckpt_every) or stopped_by
+        if not (is_due(args.log_every) or sample or snapshot or ckpt):
             return
         line = self.averages(done)  # on all ranks
         if self.rank == 0:
-            if ckpt and args.val:
+            if args.val and is_due(args.ckpt_every):
                 line["val"] = self.validate()
             if sample:
                 self.draw_grid(self.out / "samples" / f"{done:07d}.png")
                 line.update(self.measure_blocks())
             self.write_log(done, line)
             if snapshot:
-                path = self.out / "snapshots" / f"{done:07d}.pt"
-                save(path, done, self.config, dict(ema=self.ema))
-            if ckpt or stopped_by:
-                before = self.out / "ckpt.prev.pt"
-                save(self.out / "ckpt.pt", done, self.config, self.parts, before)
+                save(self.out / "snapshots" / f"{done:07d}.pt", done, self.config, dict(ema=self.ema))
+            if ckpt:
+                save(self.out / "ckpt.pt", done, self.config, self.parts, self.out / "ckpt.prev.pt")
         self.sums, self.logged, self.since = {}, done, time.time()
 
     def averages(self, done):
@@ -666,7 +759,12 @@ class Recorder:
             line["floor"] = dispersive_floor(args.disp, args.disp_group, args.disp_tau, args.disp_margin)
         rate = count * args.batch / (time.time() - self.since)
         line["images/s"] = rate  # of all ranks
-        line["TFLOP/s"] = rate * self.flops / self.world / 1e12  # of each
+        # Operations of the blocks' matrix products in a step, for one image: 2 for each token and
+        # each of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
+        T, D = self.net.pos_embed.shape[1:]
+        views = 1 + bool(args.contrastive)
+        flops = 3 * views * len(self.net.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
+        line["TFLOP/s"] = rate * flops / self.world / 1e12  # of each rank
         if self.device.type == "cuda":
             line["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         return line
@@ -679,19 +777,18 @@ class Recorder:
 
     def draw_grid(self, path):
         """Write a grid of samples: 10 classes, 8 samples each, one class a row."""
-        data = self.losses.data
-        classes = np.unique(data.labels[data.rows])
+        classes = np.unique(self.data.labels[self.data.rows])
         classes = classes[np.linspace(0, len(classes) - 1, 10).round().astype(int)]
         labels = torch.from_numpy(classes.repeat(8))
         steps = 1 if self.losses.meanflow else 25
-        images = generate(self.ema, self.losses.objective, data.shape, labels, range(80), self.args.seed,
+        images = generate(self.ema, self.losses.objective, self.data.shape, labels, range(80), self.args.seed,
                           self.device, self.args.dtype, self.decode, steps=steps)
         save_grid(images, path)
 
     def measure_blocks(self):
         """{measure: [its value after each block]} of the EMA, over 64 samples."""
-        data, blocks = self.losses.data, range(1, len(self.ema.blocks) + 1)
-        _, activations = self.losses.evaluate(self.ema, data, data.spread(64), blocks)
+        blocks = range(1, len(self.ema.blocks) + 1)
+        _, activations = self.losses.evaluate(self.ema, self.data, self.data.spread(64), blocks)
         activations = [z.float().cpu() for z in activations]
         return dict(block_distance=[mean_distance(z).item() for z in activations],
                     block_rank=[effective_rank(z).item() for z in activations],
@@ -706,146 +803,10 @@ class Recorder:
             texts.append(f"{name} " + " ".join(f"{one:.4g}" for one in np.ravel(value)))
         left = timedelta(seconds=int((self.steps - done) * self.args.batch / line["images/s"]))
         print(f"step {done:,}/{self.steps:,}  {'  '.join(texts)}  left {left}", flush=True)
-        entry = dict(step=done, time=time.time(), lr=self.args.lr, **line)
         with one_line_errors(self.log), open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(dict(step=done, time=time.time(), lr=self.args.lr, **line)) + "\n")
         if self.args.wandb:
-            import wandb
-            wandb.log(line, step=done)
-
-def save(path, step, config, parts, before=None):
-    """Write a checkpoint. The one that `path` held becomes `before`: killed between the two renames,
-    a run goes on from it."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with atomic(f"{path}.new") as file:
-        torch.save(dict(state, step=step, config=config), file)
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(f"{path}.new", path)
-
-def load_checkpoint(out, config, parts):
-    """Load the latest checkpoint, if any, into the parts -> its step, and the changed flags."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt.prev.pt") if path.exists()]
-    if not paths:
-        return 0, []
-    path, older = (paths + ["the start"])[:2]
-    try:
-        state = load_file(path)
-    except UnreadableFile as error:
-        raise UserError(f"{error}; delete it to go on from {older}") from None
-    if not {"step", "config", *parts} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this train.py; name another --out")
-    changes = []
-    for name, now in config.items():
-        before = state["config"].get(name)
-        if before == now or name == "vae":  # the VAE may have been moved; the data are compared
-            continue
-        flag = "--" + name.replace("_", "-")
-        if name not in LOGGED:
-            raise UserError(f"{path}: was begun with {flag} {before}, not {now}; name another --out")
-        changes.append(f"{flag} {before} -> {now}")
-    for name in ("model", "ema", "projector"):
-        load_weights(parts[name], state[name], path)
-    parts["opt"].load_state_dict(copy.deepcopy(state["opt"]))  # not the file's mapped memory
-    return state["step"], changes
-
-# ----------------------------------------
-# The loop
-
-def catch_signals():
-    """From now on, only note Ctrl-C and SIGTERM; one that comes more than a second after the first ends
-    the process at once. Returns a function that gives the first signal's number, or 0."""
-    came = []  # (time, signal)
-
-    def note(which, frame):
-        came.append((time.monotonic(), which))
-        if came[-1][0] - came[0][0] > 1:  # sooner, it may be torchrun that passes the first one on
-            os._exit(128 + which)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return lambda: came[0][1] if came else 0
-
-def from_all_ranks(value, world):
-    """[every rank's integer]. On the CPU, so that no GPU is waited for."""
-    if world == 1:
-        return [value]
-    values = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
-    dist.all_gather(values, torch.tensor([value]))
-    return [int(each) for each in values]
-
-def train(args, data, held_out, rank, world, device):
-    """Train from the latest checkpoint in --out, if any, to the last step or a signal."""
-    # the model, its EMA and the optimiser
-    torch.manual_seed(args.seed)
-    if device.type == "cuda" and args.dtype == "bf16":
-        torch.set_float32_matmul_precision("high")  # TF32, for the products of the dispersive loss
-    losses = Losses(args, data, device).to(device)
-    net = losses.net
-    ema = copy.deepcopy(net).requires_grad_(False)
-    compile_blocks(net, args.compile, device)
-    weights = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, args.beta2), weight_decay=0.0, fused=True)
-    parallel = losses
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(losses, gradient_as_bucket_view=True)
-
-    # the run, new or continued
-    steps_per_epoch = len(data.rows) / args.batch
-    steps = args.steps or max(1, round((args.epochs or 80) * steps_per_epoch))
-    recorder = Recorder(args, losses, ema, optimizer, held_out, steps, rank, world, device)
-    if rank == 0:
-        locked = lock(recorder.out)  # until this function returns
-    first = recorder.resume()
-    optimizer.param_groups[0].update(lr=args.lr, betas=(0.9, args.beta2))  # not the checkpoint's
-    if rank == 0:
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else device
-        print(f"{args.model}, --disp {args.disp} on blocks {args.disp_blocks}, from step {first:,} to {steps:,}: "
-              f"{steps / steps_per_epoch:.1f} epochs of {len(data.rows):,} images {data.shape} in batches of "
-              f"{args.batch}; {world} x {gpu}, {args.dtype}", flush=True)
-        if first >= steps:
-            print(f"the run is at step {first:,} of {steps:,} already: nothing is left to do")
-
-    # each rank takes its share of the batch, in passes of `micro` samples
-    per_rank, micro = args.batch // world, args.micro
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    todo = range(first, steps)
-    first_signal = catch_signals()
-    for step, batch in zip(todo, batches(data, todo, args.batch, mine, args.seed, device)):
-        # forward and backward, in passes whose gradients add up; nothing here waits for the device
-        for begin in range(0, per_rank, micro):
-            # DDP's switch: exchange gradients in the last pass alone; without DDP it has no effect
-            parallel.require_backward_grad_sync = begin + micro == per_rank
-            part = [tensor[begin:begin + micro] for tensor in batch]
-            total, terms = parallel(step, mine.start + begin, *part)
-            (total * micro / per_rank).backward()
-            recorder.add(terms, micro / per_rank)
-
-        # the gradient's norm, and clipping
-        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if args.grad_clip:
-            nn.utils.clip_grads_with_norm_(weights, args.grad_clip, norm)
-        recorder.add({"grad_norm": norm})
-
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # EMA; its decay is warmed up, so that a short run's EMA forgets its start
-        decay = min(args.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-
-        # log, sample, save; stopped_by: the signal that any rank got, or 0
-        stopped_by = max(from_all_ranks(first_signal(), world))
-        recorder.record(step + 1, stopped_by)
-        if stopped_by:
-            break
-    stopped_by = max(from_all_ranks(first_signal(), world))  # it may have come in the last record
-    if stopped_by and rank == 0:
-        name = signal.Signals(stopped_by).name
-        print(f"{name}: saved at step {recorder.logged:,}; the same command goes on")
-    if stopped_by:
-        sys.exit(128 + stopped_by)
+            self.wandb.log(line, step=done)
 
 def main(argv=None):
     args = parse(argv)
@@ -861,15 +822,16 @@ def main(argv=None):
     data = Data.open(args.data) if args.data else demo_data()
     check_data(args, world, data.shape[-1])
     if args.repa:
-        data.add_features(args.repa)
+        data.features = open_array(args.repa)
+        if len(data.features) != len(data.labels):
+            raise UserError(f"--repa {args.repa}: expected {len(data.labels)} rows, found {len(data.features)}")
     held_out = Data.open(args.val) if args.val else data
-    same_vae = (held_out.vae_sha256 or held_out.vae) == (data.vae_sha256 or data.vae)
-    if held_out.shape != data.shape or held_out.classes != data.classes or not same_vae:
+    if held_out.kind != data.kind:
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:  # the null label, in grids and validation too
         data.labels[:] = len(data.classes)
         held_out.labels[:] = len(data.classes)
-    train(args, data, held_out, rank, world, device)
+    Run(args, data, held_out, rank, world, device).train()
     if not args.data and rank == 0:
         print(f"see {args.out}/samples; next: python sample.py --ckpt {args.out}/ckpt.pt --steps 25")
 
