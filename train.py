@@ -211,6 +211,13 @@ def one_ahead(function, items):
         if ahead:
             yield ahead.pop().result()
 
+def encode_views(vae, images, device):
+    """Pixels (n, 3, H, H) -> float16 mean and std of the latents of the images and of their mirror
+    images, (n, 2, 8, H/8, H/8). A mirror image's latent is not the mirrored latent."""
+    x = torch.from_numpy(images).to(device).float() / 127.5 - 1
+    views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
+    return torch.stack(views, 1).half().cpu().numpy()
+
 def write_rows(path, first, rows):
     """Write to rows of an .npy. On a full disk this fails; mapped memory would kill the process."""
     begin = open_array(path).offset + first * rows[0].nbytes
@@ -269,22 +276,23 @@ def cache_images(args, rank, world, device):
     todo = [first for first in chunks if not cached[first:first + CHUNK].all()]
     progress = Progress("caching", min(len(todo) * CHUNK * world, len(files)), quiet=rank > 0)
     with ThreadPoolExecutor() as pool:
-        def load_crop(i):  # pixels (3, size, size), black where the image is unreadable
+        def load_crop(i):
+            """Pixels (3, size, size); of an unreadable image black, and its label becomes -1."""
             try:
                 return np.asarray(center_crop(read_image(files[i]), size)).transpose(2, 0, 1)
             except UnreadableFile as error:
                 sys.stderr.write(f"left out: {error}\n")  # in one piece: other threads write, too
                 labels[i] = -1
                 return np.zeros((3, size, size), np.uint8)
+
         def load_chunk(first):
             rows = range(first, min(first + CHUNK, len(files)))
             return np.stack(list(pool.map(load_crop, rows)))
+
         # many threads read the next chunk while this one is encoded
         for first, images in zip(todo, one_ahead(load_chunk, todo)):
-            if vae is not None:  # a mirror image's latent is not the mirrored latent
-                x = torch.from_numpy(images).to(device).float() / 127.5 - 1
-                views = [torch.cat(vae.encode(view), 1) for view in (x, x.flip(-1))]
-                images = torch.stack(views, 1).half().cpu().numpy()  # mean and std, (n, 2, 8, H/8, H/8)
+            if vae is not None:
+                images = encode_views(vae, images, device)
             write_rows(target / "latents.npy", first, images)
             write_rows(unfinished, first, labels[first:first + CHUNK])
             progress.update(CHUNK * world)
