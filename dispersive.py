@@ -51,8 +51,8 @@ def pairwise_distances(z, kind="infonce", group=None):
     products = gram(z - z[:, :1].detach())
     squares = diagonal_of(products)
     D = (squares[..., :, None] + squares[..., None, :] - 2 * products) / z.shape[-1]
-    # Rounding may go below zero. D_ii is zero, but is masked for the gradient's sake: its part cancels
-    # to zero, but near the loss's floor it is so large that the others' would be rounded away.
+    # Rounding may go below zero. D_ii is masked: the parts of its gradient cancel, but near the loss's
+    # floor they are so large that adding them would round away the gradients of the other pairs.
     itself = torch.eye(D.shape[-1], dtype=torch.bool, device=D.device)
     return D.clamp(min=0).masked_fill(itself, 0)
 
@@ -80,7 +80,7 @@ def contrastive_loss(z, z_pos, kind="infonce", tau=0.5, margin=1.0, cov_weight=1
         redundancy = mean_off_diagonal(gram(z) * gram(z_pos), correlations)
         return (1 - correlations).square().mean() + cov_weight * redundancy
     n = z.shape[1]
-    both = torch.cat([z, z_pos], 1).flatten(0, 1)  # `gram` compares a set with itself
+    both = torch.cat([z, z_pos], 1).flatten(0, 1)  # as one set, which `gram` needs
     D = pairwise_distances(both, kind, group=2 * n)[:, :n, n:]  # from the first view to the second
     positive = diagonal_of(D)
     if kind == "hinge":
@@ -146,7 +146,7 @@ def gram(z):
     # One factor was held fixed, so these products carry half of the gradient. They are symmetric,
     # so their transposes carry the other half: the backward pass needs one large product, not two.
     change = products - products.detach()  # zero, with half of the gradient
-    # the last term is zero, with zero gradient; it makes second derivatives, which lack a part, infinite
+    # pow(1.5): zero value and gradient, but an infinite second derivative, which would else be wrong
     return products.detach() + change + change.mT + change.pow(1.5)
 
 def diagonal_of(x):
@@ -425,18 +425,18 @@ def chain_constants(abar, device):
     abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
     alpha = abar / abar_before
     beta = 1 - alpha
-    variance = beta * (1 - abar_before) / (1 - abar)  # of q(x_prev | x_t, x): Ho et al. 2020, eq. 7
-    variance[0] = variance[1]  # rather than 0, whose log is infinite: as published
-    constants = dict(signal=abar.sqrt(), noise=(1 - abar).sqrt(),
+    posterior = beta * (1 - abar_before) / (1 - abar)  # variance of q(x_prev | x_t, x): Ho et al. 2020, eq. 7
+    posterior[0] = posterior[1]  # rather than 0, whose log is infinite: as published
+    constants = dict(signal_scale=abar.sqrt(), noise_scale=(1 - abar).sqrt(),
                      x_scale=alpha.rsqrt(), eps_scale=beta / (1 - abar).sqrt() / alpha.sqrt(),
-                     log_variance=variance.log(), log_beta=beta.log())
+                     log_posterior=posterior.log(), log_beta=beta.log())
     return {name: value.float().to(device) for name, value in constants.items()}
 
 def reverse_step(chain, k, x_t, eps, v):
     """The model's eps and v at step k of a chain -> mean and log-variance of x one step before.
-    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_variance, v = 1 log_beta."""
+    Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15: v = -1 gives log_posterior, v = 1 log_beta."""
     mean = chain["x_scale"][k] * x_t - chain["eps_scale"][k] * eps
-    low, high = chain["log_variance"][k], chain["log_beta"][k]
+    low, high = chain["log_posterior"][k], chain["log_beta"][k]
     return mean, low + (v + 1) / 2 * (high - low)
 
 def normal_cdf(x):
@@ -480,7 +480,7 @@ class GaussianDiffusion:
         chain = self.chains[x.device]
         t = self.times(len(x), device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
-        x_t = (chain["signal"][t] * x + chain["noise"][t] * noise).to(x.dtype)
+        x_t = (chain["signal_scale"][t] * x + chain["noise_scale"][t] * noise).to(x.dtype)
         out, activations = model(x_t, t, y, blocks=blocks)
         out = out.to(torch.promote_types(x.dtype, torch.float32))
         eps, v = out.split(x.shape[1], 1)
@@ -488,7 +488,7 @@ class GaussianDiffusion:
         eps = eps.detach()
         mean, log_variance = reverse_step(chain, t, x_t, eps, v)
         mean_gap = chain["eps_scale"][t] * (eps - noise)  # to the mean of q(x_prev | x_t, x)
-        log_ratio = log_variance - chain["log_variance"][t]
+        log_ratio = log_variance - chain["log_posterior"][t]
         kl = 0.5 * (log_ratio - 1 + (-log_ratio).exp() + mean_gap.square() * (-log_variance).exp())
         nll = -discretized_log_likelihood(x, mean, 0.5 * log_variance)
         bound = torch.where((t == 0).view(-1, 1, 1, 1), nll, kl)
@@ -566,7 +566,7 @@ class MeanFlow:
         return slice(-position % self.every, n, self.every)
 
     def times(self, n, generator=None, device=None):
-        """Times t and r >= t, (n,) each: logit-normal, and r != t only in the `moving` samples."""
+        """Times t <= r, (n,): the lesser and the greater of two logit-normal ones; r = t if not `moving`."""
         normal = torch.randn(2, n, generator=generator, device=device or generator.device)
         a, b = torch.sigmoid(0.4 - normal)
         t = torch.minimum(a, b)

@@ -482,8 +482,7 @@ def load_file(path):
             return load_safetensors(path)
         zipped = zipfile.is_zipfile(path)
         if zipped and os.environ.get("RANK", "0") == "0":
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
+            if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -513,9 +512,10 @@ def load_weights(module, state, path, assign=False):
     """Load a state dict; UserError names a tensor that is missing, unexpected or misshapen."""
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise UserError(f"{path}: {key} is {found.get(key, 'nothing')} where {wanted.get(key, 'nothing')} is expected")
+    for name in sorted(found.keys() | wanted.keys()):
+        have, need = found.get(name, "nothing"), wanted.get(name, "nothing")
+        if have != need:
+            raise UserError(f"{path}: {name} is {have} where {need} is expected")
     module.load_state_dict(state, assign=assign)
 
 def fingerprint(*modules):

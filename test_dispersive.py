@@ -1170,11 +1170,13 @@ BAD_FLAGS = [
     ("--disp-blocks 9", "--disp-blocks 9: expected 'all', or numbers from 1 to 4"), ("--lr nan", "--lr: "),
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "40 images per pass and rank (--micro, or --batch / ranks) must be a multiple of --disp-group, 16"),
-    ("--micro 12", "--batch 32 must be a multiple of ranks x --micro, 1 x 12"), ("--images nowhere --data x", "nowhere: "),
+    ("--micro 12", "--batch 32 must be a multiple of ranks x --micro, 1 x 12"),
+    ("--images nowhere --data x", "nowhere: "),
     ("--images x --data y --size 20", "--size 20: the VAE needs a multiple of 8"),
     ("--steps 2 --epochs 2", "--epochs: not allowed with argument --steps"), ("--wandb", "--wandb: not installed"),
     ("--images x --data y --model SiT-nano/8 --size 32", "SiT-nano/8: its patches do not divide data of size 4"),
     ("--images x --data y --batch 40", "40 images per"), ("--meanflow-omega 2", "need --objective meanflow"),
+    ("--objective meanflow --meanflow-interval 0 0.5", "--meanflow-interval needs"),
     ("--images x --data y --size 64 --val z", "z/labels.npy: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
@@ -1468,7 +1470,8 @@ def test_published_files_load_as_they_come(tmp_path):
     for today in (True, False):
         for state in (net.state_dict(), dict(model={}, ema=net.state_dict(), opt={}, args=argparse.Namespace(lr=1))):
             torch.save(state, path, _use_new_zipfile_serialization=today)
-            loaded, inputs = sample.load_model(path, "SiT-nano/8")[0], (rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5]))
+            loaded = sample.load_model(path, "SiT-nano/8")[0]
+            inputs = rn(1, 1, 3, 16, 16), ru(1, 1), torch.tensor([5])
             assert torch.equal(loaded(*inputs)[0], net(*inputs)[0]) and loaded.num_classes == 5
     assert sample.load_model(path, "DiT-nano/8")[1]["objective"] == "diffusion"
     for name, words in ((None, "say with --model"), ("SiT-S/8", r"0.adaLN_modulation.1.bias is \(192,\) where")):
@@ -1825,6 +1828,10 @@ def test_folders_archives_statistics_and_data_folders_agree(sides, tmp_path, cap
     both = numbers_of(capsys, sides / "a.npz", tmp_path / "both.npz")
     assert both["FID"] > 1000 and both["sFID"] == pytest.approx(folders["sFID"], rel=1e-5)
     assert both["precision"] == folders["precision"]
+
+    np.savez(tmp_path / "copies.npz", images[0][[0, 0, 0, 0]])  # all of them real, and one of the five covered
+    copies = numbers_of(capsys, tmp_path / "copies.npz", sides / "a.npz")
+    assert (copies["precision"], copies["recall"]) == (1, 0.2)
 
     # --size crops a folder as training does
     crops = [np.asarray(fid.center_crop(Image.fromarray(image), 16)) for image in smooth_images(5, 5)]

@@ -39,8 +39,8 @@ from sample import (DEFAULT_OBJECTIVE, OBJECTIVES, VAE, Parser, Progress, Unread
                     start, weights_in)
 
 CHUNK = 256  # images that are cached at a time
-# When a run goes on, flags in FREE may change, and those in LOGGED with a line in the log; others
-# must stay. Of data, vae and repa the config holds what Data.contents returns, not the path given.
+# When a run goes on, flags in FREE may change, and those in LOGGED with a line in the log; others must
+# stay. The paths data, vae and repa may change, what they hold may not: see Data.contents.
 FREE = {"steps", "epochs", "micro", "compile", "log_every", "ckpt_every", "sample_every", "out", "init",
         "snapshot_every", "wandb", "val", "images", "cache_only", "size", "data", "vae", "repa"}
 LOGGED = {"lr", "beta2", "grad_clip", "dtype", "disp_weight"}
@@ -132,6 +132,7 @@ def complete(args):
         (args.cache_only and not args.images, "--cache-only needs --images"),
         (args.images and args.vae != "none" and args.size % 8, f"--size {args.size}: the VAE needs a multiple of 8"),
         (guided and not meanflow, "--meanflow-omega, -kappa need --objective meanflow"),
+        (args.meanflow_interval != [0, 1] and not guided, "--meanflow-interval needs --meanflow-omega or -kappa"),
         (guided and args.label_dropout == 0, "--meanflow-omega, -kappa need the null label: a --label-dropout above 0"),
         (args.contrastive and args.disp == "none", "--contrastive needs a --disp other than none"),
         (args.repa and args.repa_block > depth, f"--repa-block {args.repa_block}: expected 1 to {depth}"),
@@ -146,7 +147,8 @@ def complete(args):
 def check_data(args, world, side):
     """Refuse --batch, --model, --val or --repa that do not fit the ranks or data of side x side."""
     if args.batch % (world * args.micro):
-        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {args.micro}")
+        raise UserError(f"--batch {args.batch} must be a multiple of ranks x --micro, {world} x {args.micro} "
+                        "(default of --micro: --batch / ranks)")
     if args.disp_blocks and args.micro % args.disp_group:
         raise UserError(f"{args.micro} images per pass and rank (--micro, or --batch / ranks) must be a "
                         f"multiple of --disp-group, {args.disp_group}")
@@ -229,7 +231,7 @@ def write_rows(path, first, rows):
         os.fsync(file.fileno())
 
 def begin_cache(target, meta, shape, dtype):
-    """Write meta.json, labels of images that are not cached yet, and last empty latents. If that was
+    """Write meta.json, labels that are all -2, not cached yet, and last empty latents. If that was
     done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
@@ -475,12 +477,12 @@ class Losses(nn.Module):
         # the network: squared error per sample, and activations
         options = dict(blocks=self.captured)
         if self.meanflow:
-            options["moving"] = self.objective.moving(n, position)
+            options["moving"] = self.objective.moving(n, position)  # none of the second view
         with self.autocast:
             error, activations = self.objective.loss(self.net, x, y, t, noise, r, **options)
         z = dict(zip(self.captured, activations))  # {block: (n, or 2n with two views, T, D)}
 
-        # L_objective, of the first view; MeanFlow minimises it weighted
+        # L_objective of the first view, "loss" in the log; MeanFlow minimises it weighted
         error = error[:n]
         terms = {"loss": error.mean()}
         total = terms["loss"]
@@ -529,7 +531,7 @@ class Losses(nn.Module):
     @torch.no_grad()
     def evaluate(self, net, data, entries, blocks=()):
         """The regression losses (n,) of a network on these entries, and its activations after the
-        blocks. The draws depend on the entries alone."""
+        blocks. The draws depend on the first entry and their number alone."""
         device = net.pos_embed.device
         images, labels = data.read(entries, np.zeros(len(entries), bool))[:2]
         draws = Draws(0, entries[0], len(entries), slice(None), device)
@@ -622,16 +624,16 @@ class Run:
         self.sums = {}  # of what is logged, since the last line
 
     def resume(self):
-        """Load the latest checkpoint, if any, begin or go on with the log, and print what is to do."""
+        """Load the latest checkpoint, if any -> its step. Begin or go on with the log."""
         args, data = self.args, self.data
         if self.rank == 0:
             self.locked = lock(self.out)  # as long as this object lives
         step, changes = self.load()
         if len(set(from_all_ranks(step, self.world))) > 1:
             raise UserError(f"--out {args.out}: the ranks find different checkpoints; it must be shared")
-        self.logged, self.since = step, time.time()
+        self.logged, self.since = step, time.time()  # of the last log line, or of the start
         if self.rank > 0:
-            return
+            return step
         # drop an unfinished last line, and what follows the checkpoint: it will be logged again
         self.log.touch()
         lines = self.log.read_text().splitlines(True)
@@ -650,6 +652,7 @@ class Run:
               f"batches of {args.batch}; {self.world} x {gpu}, {args.dtype}", flush=True)
         if step >= self.steps:
             print(f"the run is at step {step:,} of {self.steps:,} already: nothing is left to do")
+        return step
 
     def load(self):
         """Load the latest checkpoint, if any -> its step, and the flags that changed since."""
@@ -682,16 +685,16 @@ class Run:
     def train(self):
         """Train from the latest checkpoint to the last step, or until any rank gets a signal."""
         args, micro = self.args, self.args.micro
-        self.resume()
+        first = self.resume()
         # each rank takes its share of the batch, in passes of `micro` samples
         per_rank = args.batch // self.world
         mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
-        todo = range(self.logged, self.steps)
+        todo = range(first, self.steps)
         first_signal = catch_signals()
         for step, batch in zip(todo, batches(self.data, todo, args.batch, mine, args.seed, self.device)):
             # forward and backward, in passes whose gradients add up; nothing waits for the device
             for begin in range(0, per_rank, micro):
-                # DDP's switch: exchange gradients in the last pass alone; else it has no effect
+                # DDP's switch: exchange gradients in the last pass alone. Without DDP it is not read.
                 self.parallel.require_backward_grad_sync = begin + micro == per_rank
                 part = [tensor[begin:begin + micro] for tensor in batch]
                 total, terms = self.parallel(step, mine.start + begin, *part)
@@ -769,6 +772,7 @@ class Run:
         line["images/s"] = rate  # of all ranks
         # Operations of the blocks' matrix products in a step, for one image: 2 for each token and
         # each of 12 D^2 weights, 4 T^2 D for attention; backward takes twice what forward takes.
+        # MeanFlow's passes without gradients are not counted.
         T, D = self.net.pos_embed.shape[1:]
         views = 1 + bool(args.contrastive)
         flops = 3 * views * len(self.net.blocks) * (24 * T * D ** 2 + 4 * T ** 2 * D)
