@@ -618,6 +618,8 @@ class Run:
         self.parts = dict(model=self.net, ema=self.ema, projector=self.losses.projector, opt=self.opt)
         self.config = {name: value for name, value in vars(args).items() if name not in FREE}
         self.config.update(data.contents())
+        if not args.repa:
+            del self.config["repa_block"]  # it plays no part
         self.decode = None
         if not data.pixels:
             self.decode = VAE(args.vae or data.vae).to(device).decode
