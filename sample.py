@@ -363,7 +363,7 @@ def run(main, argv=None):
         if rank > 0 or (isinstance(error, RuntimeError) and "RANK" in os.environ):
             # Once another rank has said why and exited, torchrun's SIGTERM is to end this one.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py may have taken it
-            time.sleep(5 + rank)
+            time.sleep(10 if isinstance(error, RuntimeError) else 5 + rank)
         if isinstance(error, RuntimeError):
             raise
         message = " ".join(str(error).split()) or "interrupted"

@@ -10,6 +10,7 @@ So a checkpoint suffices to go on, and ranks and --micro change nothing but the 
 """
 import argparse
 import colorsys
+import contextlib
 import copy
 import fcntl
 import functools
@@ -160,8 +161,9 @@ def check_data(args, world, side):
     if args.repa:
         tokens = (side // patch) ** 2
         found = open_array(args.repa)
-        if found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens):
-            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D), "
+        if (found.dtype.kind != "f" or found.ndim != 4 or found.shape[1:3] != (2, tokens)
+                or not found.flags.c_contiguous):
+            raise UserError(f"--repa {args.repa}: expected floats (N, 2, {tokens}, D) in C order, "
                             f"found {found.dtype} {found.shape}")
 
 # ----------------------------------------
@@ -235,7 +237,8 @@ def begin_cache(target, meta, shape, dtype):
     done before, refuse to go on with other images or flags."""
     if (target / "latents.npy").exists():
         before = read_json(target / "meta.json")
-        for name in ("classes", "size", "images", "vae_sha256"):
+        vae = "vae_sha256" if "vae_sha256" in before else "vae"  # older caches hold the name alone
+        for name in ("classes", "size", "images", vae):
             if before.get(name) != meta[name]:
                 raise UserError(f"--data {target}: was begun with other {name}; name another")
     elif not (target / "labels.npy").exists():
@@ -260,6 +263,8 @@ def cache_images(args, rank, world, device):
     listing = zlib.crc32(os.fsencode("\n".join(map(str, names))))
     meta = dict(classes=classes.tolist(), vae=args.vae or "ema", vae_sha256=None, size=size,
                 images=f"{len(files)} ({listing:08x})")
+    if rank == 0:
+        locked = lock(target)  # until this function returns
     vae = None
     shape, dtype = (len(files), 3, size, size), "uint8"
     if args.vae != "none":
@@ -267,7 +272,6 @@ def cache_images(args, rank, world, device):
         meta["vae_sha256"] = fingerprint(vae)  # a path may come to hold other weights
         shape, dtype = (len(files), 2, 8, size // 8, size // 8), "float16"
     if rank == 0:
-        locked = lock(target)  # until this function returns
         begin_cache(target, meta, shape, dtype)
     barrier()
     if finished.exists():
@@ -312,11 +316,10 @@ class Data:
 
     def __init__(self, images, labels, classes, vae="none", vae_sha256=None):
         self.images, self.labels, self.classes = images, labels, classes
-        self.vae = vae  # its name or path
+        self.vae, self.vae_sha256 = vae, vae_sha256  # its name or path, and the hash of its weights
         self.rows = np.flatnonzero(labels >= 0)
         self.pixels = vae == "none"
         self.shape = (3 if self.pixels else 4,) + images.shape[-2:]
-        self.kind = (self.shape, classes, vae_sha256 or vae)  # held-out data must be of the same
         self.features = None
 
     @classmethod
@@ -343,9 +346,14 @@ class Data:
             contents["repa"] = f"contents {checksum(self.features):08x}"
         return contents
 
+    def has_same_vae(self, other):
+        if self.vae_sha256 and other.vae_sha256:
+            return self.vae_sha256 == other.vae_sha256
+        return self.vae == other.vae  # of older caches the name alone is known
+
     def spread(self, count):
-        """`count` entries, evenly spaced, since a cache is sorted by class."""
-        return np.linspace(0, len(self.rows) - 1, count).astype(int)
+        """Up to `count` entries, evenly spaced, since a cache is sorted by class."""
+        return np.linspace(0, len(self.rows) - 1, min(count, len(self.rows))).astype(int)
 
     def read(self, entries, flips):
         """[images or latents, mirrored where flips says; labels; features, if any] of entries."""
@@ -369,7 +377,7 @@ def read_rows(array, rows):
     else, many times as fast from a disk."""
     if isinstance(array, np.memmap) and hasattr(os, "posix_fadvise"):
         size = array.strides[0]
-        with open(array.filename, "rb") as file:
+        with contextlib.suppress(OSError), open(array.filename, "rb") as file:  # it is only a hint
             for row in rows:
                 os.posix_fadvise(file.fileno(), array.offset + int(row) * size, size, os.POSIX_FADV_WILLNEED)
     return array[rows]
@@ -633,7 +641,7 @@ class Run:
         step, changes = self.load()
         if len(set(from_all_ranks(step, self.world))) > 1:
             raise UserError(f"--out {args.out}: the ranks find different checkpoints; it must be shared")
-        self.logged, self.since = step, time.time()  # of the last log line, or of the start
+        self.logged = step  # of the last log line, or of the start
         if self.rank > 0:
             return step
         # drop an unfinished last line, and what follows the checkpoint: it will be logged again
@@ -693,6 +701,7 @@ class Run:
         mine = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
         todo = range(first, self.steps)
         first_signal = catch_signals()
+        self.since = time.time()  # the last log line, or the start
         for step, batch in zip(todo, batches(self.data, todo, args.batch, mine, args.seed, self.device)):
             # forward and backward, in passes whose gradients add up; nothing waits for the device
             for begin in range(0, per_rank, micro):
@@ -784,8 +793,9 @@ class Run:
         return line
 
     def validate(self):
-        """The EMA's regression loss on 2,048 held-out samples, 64 at a time."""
-        parts = self.held_out.spread(2048).reshape(-1, 64)
+        """The EMA's regression loss on up to 2,048 held-out samples, 64 at a time."""
+        entries = self.held_out.spread(2048)
+        parts = np.split(entries, range(64, len(entries), 64))
         errors = [self.losses.evaluate(self.ema, self.held_out, part)[0] for part in parts]
         return torch.cat(errors).mean().item()
 
@@ -800,9 +810,11 @@ class Run:
         save_grid(images, path)
 
     def measure_blocks(self):
-        """{measure: [its value after each block]} of the EMA, over 64 samples."""
-        blocks = range(1, len(self.ema.blocks) + 1)
-        _, activations = self.losses.evaluate(self.ema, self.data, self.data.spread(64), blocks)
+        """{measure: [its value after each block]} of the EMA, over up to 64 samples."""
+        entries, blocks = self.data.spread(64), range(1, len(self.ema.blocks) + 1)
+        if len(entries) < 2:
+            return {}
+        _, activations = self.losses.evaluate(self.ema, self.data, entries, blocks)
         activations = [z.float().cpu() for z in activations]
         return dict(block_distance=[mean_distance(z).item() for z in activations],
                     block_rank=[effective_rank(z).item() for z in activations],
@@ -840,7 +852,8 @@ def main(argv=None):
         if len(data.features) != len(data.labels):
             raise UserError(f"--repa {args.repa}: expected {len(data.labels)} rows, found {len(data.features)}")
     held_out = Data.open(args.val) if args.val else data
-    if held_out.kind != data.kind:
+    same_kind = held_out.shape == data.shape and held_out.classes == data.classes
+    if not same_kind or not held_out.has_same_vae(data):
         raise UserError(f"--val {args.val}: its shape, classes or VAE differ from the training data's")
     if args.label_dropout == 1:  # the null label, in grids and validation too
         data.labels[:] = len(data.classes)
