@@ -725,7 +725,6 @@ def test_a_cache_of_other_images_or_flags_is_refused(base, photos, capsys):
 
 class SmallVAE(torch.nn.Module):
     """Stands in for Stable Diffusion's."""
-
     def __init__(self, weights=None):
         super().__init__()
         self.conv = fill(torch.nn.Conv2d(3, 8, 8, 8)).requires_grad_(False)
@@ -909,7 +908,6 @@ def test_held_out_loss_is_the_emas_on_2048_spread_images_under_draws_of_its_own(
     close(column("b", "val"), column("a", "val"), 1e-5)
     trains("--data", base[1], *NANO, *still, "--val", data_folder("few", pixels[:100]), "--out", "c")
     close(column("c", "val"), [[((pixels[:100] / 127.5 - 1) ** 2).mean() + 1]], 2e-2)  # a fresh network says zero
-    assert np.bincount(train.Data.open("few").spread(2048)).tolist() == [1] * 100
     extremes = np.array([0, 128], np.uint8).repeat(768).reshape(2, 3, 16, 16)
     trains("--data", base[1], *NANO, *still, "--val", data_folder("two", extremes), "--out", "d")
     close(column("d", "val"), [[1.5]], 4e-2)  # the mean of 1 + 1 and of 0 + 1
@@ -1131,13 +1129,11 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_goes_on_from_the_one_befo
     path.write_bytes(torch_bytes(dict(model={"x": torch.zeros(1)})))
     assert f"{path}: not a checkpoint of this train.py" in fails(train.main, capsys, *args, "run")
     path.unlink()
-    older = path.with_name("ckpt.prev.pt")
-    shutil.copy(older, "good.pt")
-    os.truncate(older, 50)
-    assert "ckpt.prev.pt: " in (line := fails(train.main, capsys, *args, "run")) and "go on from the start" in line
-    shutil.copy("good.pt", older)
     trains(*args, "run")
     assert same_run("run", "whole")
+    path.unlink()
+    os.truncate("run/ckpt.prev.pt", 50)
+    assert re.search("ckpt.prev.pt: .*go on from the start", fails(train.main, capsys, *args, "run"))
 
 def test_a_continued_run_is_the_same_run_but_for_what_may_change(base, photos, little, capsys):
     np.save("features.npy", np.random.default_rng(0).normal(size=(48, 2, 4, 6)).astype(np.float32))
@@ -1181,13 +1177,12 @@ BAD_FLAGS = [
     ("--model SiT-M/2", "--model: invalid choice: 'SiT-M/2'"), ("--init nowhere.pt", "nowhere.pt: No such file"),
     ("--batch 40", "40 images per pass and rank (--micro, or --batch / ranks) must be a multiple of --disp-group, 16"),
     ("--micro 12", "--batch 32 must be a multiple of ranks x --micro, 1 x 12"),
-    ("--images nowhere --data x", "nowhere: "),
+    ("--images nowhere --data x", "nowhere: "), ("--images x --data y --size 64 --val z", "z/labels.npy: "),
     ("--images x --data y --size 20", "--size 20: the VAE needs a multiple of 8"),
     ("--steps 2 --epochs 2", "--epochs: not allowed with argument --steps"), ("--wandb", "--wandb: not installed"),
     ("--images x --data y --model SiT-nano/8 --size 32", "SiT-nano/8: its patches do not divide data of size 4"),
     ("--images x --data y --batch 40", "40 images per"), ("--meanflow-omega 2", "need --objective meanflow"),
     ("--objective meanflow --meanflow-interval 0 0.5", "--meanflow-interval needs"),
-    ("--images x --data y --size 64 --val z", "z/labels.npy: "),
     ("--data nowhere", "nowhere/labels.npy: No such file"), ("--batch 0", "--batch: "), ("--stepz 3", "--stepz"),
     ("--disp none --disp-blocks all --cache-only", "--cache-only needs --images"), ("--epochs 0", "--epochs: "),
     ("--objective meanflow --meanflow-kappa 0.5 --label-dropout 0", "need the null label")]
@@ -1678,7 +1673,6 @@ def inception_of(weights, build=fid.Inception):
 
 class SmallInception(torch.nn.Module):
     """Stands in for the large one."""
-
     def __init__(self, weights):
         super().__init__()
         self.fc = fill(torch.nn.Linear(12, 2048 + 2023 + 1008).requires_grad_(False))
